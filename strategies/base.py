@@ -1,0 +1,58 @@
+"""What a strategy is, and what it sees of a trial."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from strategies.space import Assignment, Space
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan to evaluate, and in a few words why."""
+
+    assignment: Assignment
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation said of a plan.
+
+    `violation` ≤ 0 meets the goal; above 0 it is how far the metric misses it, in the metric's own
+    units times −1 where higher is better (so that less is always better). A failed trial has
+    `violation` = inf.
+    """
+
+    assignment: Assignment
+    cost: float
+    violation: float
+
+    @property
+    def meets_goal(self) -> bool:
+        """Whether the goal is met."""
+        return self.violation <= 0
+
+
+Search = Generator[Proposal, Outcome, None]
+
+
+class Strategy(ABC):
+    """Proposes plans one after the other.
+
+    `search()` is a generator: it yields a Proposal and is sent its Outcome. It must be a pure
+    function of the space, the seed and the outcomes, so that a search can be resumed by feeding
+    the stored outcomes again (`strategies.replay`). It returns when it has nothing better to try.
+    """
+
+    exhaustive: ClassVar[bool] = False
+    """Whether it returns only once every plan was tried, so that its end says nothing of minimal."""
+
+    def __init__(self, space: Space, seed: int = 0) -> None:
+        self.space = space
+        self.seed = seed
+
+    @abstractmethod
+    def search(self) -> Search:
+        """Yield proposals; receive each one's outcome; return when done."""
