@@ -1,0 +1,232 @@
+"""A model with its ops reached: runs taps over data, puts plans on in place and takes them off."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from tuner.errors import PlanError
+from tuner.graph import MacCounter, OpGraph, Recorder
+from tuner.ops import FAMILY_OF_MODULE, Family, Op
+from tuner.qparams import QParams
+from tuner.quantizer import Quantizer
+from tuner.schemes import OpConfig, TensorScheme
+from tuner.sites import Runtime, Tap, own_class, swap, unswap
+from tuner.weights import WeightStore
+
+OUTPUT = -1
+"""The operand index that stands for an op's output."""
+
+_FLOAT = OpConfig.float()
+
+
+class Ranges(Protocol):
+    """Knows the quantization parameters of activations."""
+
+    def qparams(self, op: str, operand: int, scheme: TensorScheme) -> QParams:
+        """Return the parameters of an operand (OUTPUT for the output) under a static scheme."""
+
+
+class InstrumentedModel:
+    """A model of the user's class whose ops can be watched and quantized in place.
+
+    The model passed in is changed: give a copy. `apply(plan)` touches only ops that differ from
+    what is on; `apply({})` takes everything off, and leaves the model as it was.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.runtime = Runtime()
+        self.weights = WeightStore(model)
+        self.ops: Mapping[str, Op] = {}
+        self._ranges: Ranges | None = None
+        self._current: dict[str, OpConfig] = {}
+        self._quantizers: dict[tuple[str, int, TensorScheme], Quantizer] = {}
+        self._op_modules, self._attention, self._scopes = _candidates(model)
+        self._swapped: set[str] = set()
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The paths of all modules that could be ops, called or not."""
+        return (*self._op_modules, *self._attention)
+
+    @contextmanager
+    def watching(self, tap: Tap) -> Iterator[None]:
+        """Reach every op and every call while the block runs, through the tap; no plan is on."""
+        self.apply({})
+        wanted = {*self._op_modules, *self._attention, *self._scopes}
+        try:
+            self._swap_to(wanted)
+            self.runtime.tap = tap
+            yield
+        finally:
+            self.runtime.tap = None
+            self.runtime.sites.clear()
+            self._swap_to(set())
+
+    def record(self, run: Callable[[], Any], samples: int) -> OpGraph:
+        """Record the op graph of `run()`, which calls the model once on this many samples."""
+        recorder = Recorder(self.model)
+        with torch.no_grad(), self.watching(recorder), MacCounter(recorder):
+            output = run()
+            return recorder.graph(output, samples)
+
+    def install(self, ops: Mapping[str, Op], ranges: Ranges) -> None:
+        """Say which ops plans may speak of, and where activation ranges come from."""
+        self.ops = dict(ops)
+        self._ranges = ranges
+        self._quantizers.clear()
+
+    def apply(self, plan: Mapping[str, OpConfig]) -> None:
+        """Put a plan on, in place; ops that it does not name are float."""
+        unknown = [name for name in plan if name not in self.ops]
+        if unknown:
+            raise PlanError(
+                f"the plan names {unknown[0]!r}, which is no op of this model "
+                f"({len(unknown)} unknown of {len(plan)}): is it a plan for another architecture?"
+            )
+        self._refuse_untied(plan)
+        names = dict.fromkeys((*self._current, *plan))
+        changed = [n for n in names if plan.get(n, _FLOAT) != self._current.get(n, _FLOAT)]
+        for name in changed:
+            self._set(self.ops[name], plan.get(name, _FLOAT))
+        if changed:
+            self._swap_to(self._needed())
+
+    def _refuse_untied(self, plan: Mapping[str, OpConfig]) -> None:
+        schemes: dict[object, tuple[str, TensorScheme | None]] = {}
+        for name, op in self.ops.items():
+            scheme = plan.get(name, _FLOAT).weight
+            for ref in op.weights:
+                other, known = schemes.setdefault(ref.key, (name, scheme))
+                if known != scheme:
+                    raise PlanError(
+                        f"{other!r} and {name!r} share the weight {ref.path!r}, but the plan gives "
+                        "it two schemes: give both ops the same one"
+                    )
+
+    def _set(self, op: Op, config: OpConfig) -> None:
+        for ref in op.weights:
+            self.weights.set(ref, config.weight)
+        self._set_site(op, config)
+
+    def _set_site(self, op: Op, config: OpConfig) -> None:
+        if config.is_float:
+            self._current.pop(op.name, None)
+            self.runtime.sites.pop(op.name, None)
+            return
+        self._current[op.name] = config
+        site = self.runtime.site(op.name)
+        last = max(op.activations, default=-1) + 1
+        schemes = [config.input_scheme(i) if i in op.activations else None for i in range(last)]
+        site.inputs = tuple(
+            None if scheme is None else self.quantizer(op, i, scheme)
+            for i, scheme in enumerate(schemes)
+        )
+        site.output = None if config.output is None else self.quantizer(op, OUTPUT, config.output)
+        site.note = _describe(config.weight, site.inputs, site.output)
+
+    def quantizer(self, op: Op, index: int, scheme: TensorScheme) -> Quantizer:
+        """Return the quantizer of an operand (OUTPUT for the output) under a scheme."""
+        key = (op.name, index, scheme)
+        if key not in self._quantizers:
+            qparams = None
+            if not scheme.is_dynamic:
+                assert self._ranges is not None
+                qparams = self._ranges.qparams(op.name, index, scheme)
+            self._quantizers[key] = Quantizer(scheme, qparams)
+        return self._quantizers[key]
+
+    def _needed(self) -> set[str]:
+        """Return the modules that must be swapped for what is on now."""
+        needed: set[str] = set()
+        for name in self._current:
+            owner = name.rpartition("/")[0]
+            if name in self._op_modules:
+                needed.add(name)
+            elif owner in self._attention:
+                needed.add(owner)
+            else:
+                needed.update(self._scopes)
+        return needed
+
+    def _swap_to(self, wanted: set[str]) -> None:
+        for path in self._swapped - wanted:
+            unswap(self.model.get_submodule(path))
+        for path in wanted - self._swapped:
+            module = self.model.get_submodule(path)
+            if path in self._op_modules:
+                swap(module, "op", self.runtime, path, self._op_modules[path])
+            else:
+                kind = "attention" if path in self._attention else "scope"
+                swap(module, kind, self.runtime, path)
+        if bool(wanted) != bool(self._swapped):
+            _set_fast_path(self.model, not wanted)
+        self._swapped = set(wanted)
+
+
+def _candidates(model: nn.Module) -> tuple[dict[str, Family], set[str], set[str]]:
+    """Sort the model's modules: ops by family, attention to decompose, and scopes."""
+    ops: dict[str, Family] = {}
+    attention: set[str] = set()
+    scopes: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or _inside(path, attention):
+            continue
+        family = _family_of(module)
+        if family is not None:
+            ops[path] = family
+        elif _has_forward_of(module, nn.MultiheadAttention):
+            attention.add(path)
+        elif own_class(module).forward is not nn.Module.forward:
+            scopes.add(path)
+    return ops, attention, scopes
+
+
+def _inside(path: str, parents: set[str]) -> bool:
+    return any(path.startswith(f"{parent}.") for parent in parents)
+
+
+def _has_forward_of(module: nn.Module, base: type[nn.Module]) -> bool:
+    if not isinstance(module, base) or "forward" in module.__dict__:
+        return False
+    return own_class(module).forward is base.forward
+
+
+def _family_of(module: nn.Module) -> Family | None:
+    """Return the family of a module that computes as its torch base class does."""
+    for base, family in FAMILY_OF_MODULE.items():
+        if _has_forward_of(module, base):
+            names = family.weight_names(module)
+            plain = all(module._parameters.get(name) is not None for name in names)
+            return family if plain else None
+    return None
+
+
+def _set_fast_path(model: nn.Module, on: bool) -> None:
+    """Switch the fused path of TransformerEncoder, which would bypass its layers silently."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            _switch(module, "activation_relu_or_gelu", 0, on)
+        elif isinstance(module, nn.TransformerEncoder):
+            _switch(module, "use_nested_tensor", False, on)
+
+
+def _switch(module: nn.Module, name: str, off: object, on: bool) -> None:
+    kept = f"_tuner_{name}"
+    if not on and kept not in module.__dict__ and hasattr(module, name):
+        module.__dict__[kept] = getattr(module, name)
+        setattr(module, name, off)
+    elif on and kept in module.__dict__:
+        setattr(module, name, module.__dict__.pop(kept))
+
+
+def _describe(
+    weight: TensorScheme | None, inputs: tuple[Quantizer | None, ...], output: Quantizer | None
+) -> str:
+    parts = [] if weight is None else [f"weight {weight.format} {weight.granularity.kind}"]
+    parts += [f"input {i} {q.describe()}" for i, q in enumerate(inputs) if q is not None]
+    parts += [] if output is None else [f"output {output.describe()}"]
+    return "; ".join(parts)

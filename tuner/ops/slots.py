@@ -1,0 +1,57 @@
+"""Families whose operands sit at fixed argument positions: most of them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tuner.ops.base import Family, Operand, is_float_tensor, tensor_slot, with_slots
+
+Slot = tuple[int, tuple[str, ...]]
+
+
+class SlotFamily(Family):
+    """A family whose operand i is the argument at `slots[i]`: (position, keyword names)."""
+
+    slots: tuple[Slot, ...] = ((0, ("input",)),)
+    required = 1
+
+    def invoke(
+        self,
+        operand: Operand,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Call fn with the tensors in its slots passed through `operand`."""
+        values: dict[Slot, Any] = {}
+        for index, slot in enumerate(self.slots):
+            value = tensor_slot(args, kwargs, slot[0], *slot[1])
+            if is_float_tensor(value):
+                values[slot] = operand(index, value)
+        new_args, new_kwargs = with_slots(args, kwargs, values)
+        return fn(*new_args, **new_kwargs)
+
+    def accepts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether every required operand is a floating-point tensor."""
+        return all(
+            is_float_tensor(tensor_slot(args, kwargs, slot[0], *slot[1]))
+            for slot in self.slots[: self.required]
+        )
+
+
+class InPlaceFamily(SlotFamily):
+    """An in-place binary op: computed out of place, then written to its first operand."""
+
+    out_of_place: Callable[..., Tensor]
+
+    def invoke(
+        self,
+        operand: Operand,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Compute with the operands passed through `operand`, and write to the first one."""
+        target = args[0]
+        return target.copy_(super().invoke(operand, type(self).out_of_place, args, kwargs))

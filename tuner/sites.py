@@ -1,0 +1,244 @@
+"""Where calls are intercepted: live state of every op on a model, and the swap that reaches it.
+
+A leaf module is reached by swapping its class, in place, for a subclass with another forward; a
+functional call by a TorchFunctionMode that is active while an instrumented module runs. Names of
+functional calls are `path/function:index`, counted anew at each call of the module at `path`.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tuner.ops import FUNCTIONS, Family, Operand, multihead_attention
+from tuner.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: what to call, with what, and how its operands are found."""
+
+    family: Family
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    module: nn.Module | None = None
+
+    def invoke(self, operand: Operand) -> Any:
+        """Compute the call with every operand passed through `operand`."""
+        return self.family.invoke(operand, self.fn, self.args, self.kwargs)
+
+
+class Site:
+    """The quantizers that sit on one op; `inputs` is indexed by operand."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.inputs: tuple[Quantizer | None, ...] = ()
+        self.output: Quantizer | None = None
+        self.note = ""
+        self.calls = 0
+
+    def operand(self, index: int, x: Tensor) -> Tensor:
+        """Fake-quantize an operand, where a quantizer sits on it."""
+        quantizer = self.inputs[index] if index < len(self.inputs) else None
+        return x if quantizer is None else quantizer(x)
+
+    def run(self, call: Call) -> Any:
+        """Compute the call as this site's quantizers say."""
+        self.calls += 1
+        output = call.invoke(self.operand)
+        if self.output is None:
+            return output
+        return self.output(output) if isinstance(output, Tensor) else self._first(output)
+
+    def _first(self, output: Any) -> Any:
+        assert self.output is not None
+        head = self.output(output[0])
+        return (head, *output[1:])
+
+
+class Tap(Protocol):
+    """Watches calls in a pass over data: records, calibrates, captures."""
+
+    def run(self, site: Site, call: Call) -> Any:
+        """Compute the call of an op and look at it."""
+
+    def other(self, scope: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Compute any other torch function call."""
+
+
+class _Frames(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[tuple[str, dict[str, int]]] = []
+
+
+class Runtime:
+    """The sites of one model, and the module scopes that are running."""
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+        self.tap: Tap | None = None
+        self.frames = _Frames()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
+        twin = Runtime()
+        memo[id(self)] = twin
+        twin.sites = copy.deepcopy(self.sites, memo)
+        return twin
+
+    def site(self, name: str) -> Site:
+        """Return the site of this name, made on first use."""
+        return self.sites.setdefault(name, Site(name))
+
+    def run(self, name: str, call: Call) -> Any:
+        """Compute a call at a site, through the tap where one is set."""
+        if self.tap is not None:
+            return self.tap.run(self.site(name), call)
+        site = self.sites.get(name)
+        return call.fn(*call.args, **call.kwargs) if site is None else site.run(call)
+
+    def run_function(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Compute a torch function call, as a site if it is one that can be quantized."""
+        stack = self.frames.stack
+        entry = FUNCTIONS.get(fn)
+        if entry is None or not stack or not entry[1].accepts(args, kwargs):
+            if self.tap is None or not stack:
+                return fn(*args, **kwargs)
+            return self.tap.other(stack[-1][0], fn, args, kwargs)
+        path, counts = stack[-1]
+        index = counts.get(entry[0], 0)
+        counts[entry[0]] = index + 1
+        return self.run(f"{path}/{entry[0]}:{index}", Call(entry[1], fn, args, kwargs))
+
+    def scoped(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module's forward as the innermost scope; the outermost one starts the mode."""
+        stack = self.frames.stack
+        stack.append((path, {}))
+        depth = len(stack)
+        try:
+            if depth > 1:
+                return forward(*args, **kwargs)
+            with _CallMode(self):
+                return forward(*args, **kwargs)
+        finally:
+            del stack[depth - 1 :]
+
+
+class _CallMode(TorchFunctionMode):
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self._runtime = runtime
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._runtime.run_function(func, args, kwargs or {})
+
+
+class _Swapped:
+    """Base of the mixins that take the place of a module's forward."""
+
+    _tuner_kind: ClassVar[str]
+    _tuner_base: ClassVar[type[nn.Module]]
+    _tuner_runtime: Runtime
+    _tuner_path: str
+
+    def extra_repr(self) -> str:
+        base = self._tuner_base.extra_repr(self)  # type: ignore[arg-type]
+        notes = (s for n, s in self._tuner_runtime.sites.items() if _owner(n) == self._tuner_path)
+        lines = [base, *(_note(site, self._tuner_path) for site in notes if site.note)]
+        return "\n".join(line for line in lines if line)
+
+
+def _owner(site_name: str) -> str:
+    return site_name.rpartition("/")[0] if "/" in site_name else site_name
+
+
+def _note(site: Site, path: str) -> str:
+    local = site.name.removeprefix(path).removeprefix("/")
+    return f"{local}: {site.note}" if local else site.note
+
+
+class _OpMixin(_Swapped):
+    _tuner_kind = "op"
+    _tuner_family: Family
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base = partial(self._tuner_base.forward, self)
+        assert isinstance(self, nn.Module)
+        call = Call(self._tuner_family, base, args, kwargs, self)
+        runtime = self._tuner_runtime
+        if not runtime.frames.stack:
+            return runtime.run(self._tuner_path, call)
+        with torch._C.DisableTorchFunction():
+            return runtime.run(self._tuner_path, call)
+
+
+class _ScopeMixin(_Swapped):
+    _tuner_kind = "scope"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = self.__dict__.get("_tuner_forward")
+        forward = own or partial(self._tuner_base.forward, self)
+        return self._tuner_runtime.scoped(self._tuner_path, forward, args, kwargs)
+
+
+class _AttentionMixin(_Swapped):
+    _tuner_kind = "attention"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from_linear = FUNCTIONS[torch.nn.functional.linear][1]
+        from_matmul = FUNCTIONS[torch.matmul][1]
+
+        def site(part: str, fn: Callable[..., Any], *operands: Any) -> Any:
+            family = from_matmul if fn is torch.matmul else from_linear
+            name = f"{self._tuner_path}/{part}"
+            return self._tuner_runtime.run(name, Call(family, fn, operands, {}))
+
+        assert isinstance(self, nn.MultiheadAttention)
+        with torch._C.DisableTorchFunction():
+            return multihead_attention(self, site, *args, **kwargs)
+
+
+_MIXINS: dict[str, type[_Swapped]] = {
+    mixin._tuner_kind: mixin for mixin in (_OpMixin, _ScopeMixin, _AttentionMixin)
+}
+_classes: dict[tuple[str, type], type] = {}
+
+
+def swap(
+    module: nn.Module, kind: str, runtime: Runtime, path: str, family: Family | None = None
+) -> None:
+    """Swap a module's class, in place, for a subclass of kind 'op', 'scope' or 'attention'."""
+    unswap(module)
+    base = type(module)
+    if (kind, base) not in _classes:
+        names = {"_tuner_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+        swapped = type(base)(base.__name__, (_MIXINS[kind], base), names)
+        swapped.__qualname__ = base.__qualname__
+        _classes[kind, base] = swapped
+    state = {"_tuner_runtime": runtime, "_tuner_path": path, "_tuner_family": family}
+    if "forward" in module.__dict__:
+        state["_tuner_forward"] = module.__dict__.pop("forward")
+    module.__dict__.update(state)
+    module.__class__ = _classes[kind, base]
+
+
+def unswap(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if isinstance(module, _Swapped):
+        module.__class__ = type(module)._tuner_base
+        for name in ("_tuner_runtime", "_tuner_path", "_tuner_family"):
+            module.__dict__.pop(name, None)
+        if "_tuner_forward" in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop("_tuner_forward")
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class as the user wrote it."""
+    return type(module)._tuner_base if isinstance(module, _Swapped) else type(module)

@@ -1,0 +1,97 @@
+"""Quantized weights on a model: swapped in by storage, kept per (weight, scheme), taken off again."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tuner.ops import WeightRef
+from tuner.qparams import fake_quantize
+from tuner.schemes import TensorScheme
+
+_Key = tuple[str, tuple[int, int] | None]
+
+
+class WeightStore:
+    """Puts fake-quantized weights on a model's parameters.
+
+    A parameter keeps its identity: only its storage (`.data`) is exchanged, so tied modules follow
+    and state_dict keys stay. Quantized weights are cached, least recently used first out, within
+    `max_bytes`.
+    """
+
+    def __init__(self, model: nn.Module, max_bytes: int = 2 << 30) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._originals = {name: p.data for name, p in self._parameters.items()}
+        self._schemes: dict[_Key, TensorScheme] = {}
+        self._cache: OrderedDict[tuple[_Key, TensorScheme], Tensor] = OrderedDict()
+        self._cached_bytes = 0
+        self._max_bytes = max_bytes
+
+    def original(self, ref: WeightRef) -> Tensor:
+        """Return the float weight that the reference names."""
+        return _rows(self._originals[ref.path], ref)
+
+    def adopt(self, ref: WeightRef, weight: Tensor, scheme: TensorScheme) -> None:
+        """Take weights that were quantized before (a loaded plan) as they are."""
+        target = _rows(self._parameters[ref.path].data, ref)
+        target.copy_(weight.to(target.dtype))
+        self._schemes[ref.key] = scheme
+
+    def set(self, ref: WeightRef, scheme: TensorScheme | None) -> None:
+        """Quantize a weight by a scheme, or give it its float values back."""
+        key = ref.key
+        if self._schemes.get(key) == scheme:
+            return
+        if scheme is None:
+            del self._schemes[key]
+        else:
+            self._schemes[key] = scheme
+        value = self.original(ref) if scheme is None else self.quantized(ref, scheme)
+        self._put(ref, value)
+
+    def _put(self, ref: WeightRef, value: Tensor) -> None:
+        parameter = self._parameters[ref.path]
+        if value.device != parameter.device or value.dtype != parameter.dtype:
+            value = value.to(parameter.device, parameter.dtype)
+        if ref.rows is None:
+            parameter.data = value
+            return
+        original = self._originals[ref.path]
+        if not any(path == ref.path for path, _ in self._schemes):
+            parameter.data = original.to(parameter.device, parameter.dtype)
+            return
+        if parameter.data_ptr() == original.data_ptr():
+            parameter.data = original.clone()
+        _rows(parameter.data, ref).copy_(value)
+
+    def quantized(self, ref: WeightRef, scheme: TensorScheme) -> Tensor:
+        """Return the fake-quantized weight, computed once while the cache holds it."""
+        key = (ref.key, scheme)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        with torch.no_grad():
+            value = fake_quantize(self.original(ref), scheme)
+        self._cache[key] = value
+        self._cached_bytes += value.nbytes
+        while self._cached_bytes > self._max_bytes and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= dropped.nbytes
+        return value
+
+    def forget_cache(self) -> None:
+        """Let go of quantized weights that are not on the model now."""
+        self._cache.clear()
+        self._cached_bytes = 0
+
+    def replace_originals(self, values: Mapping[str, Tensor]) -> None:
+        """Take new float values (batch norm folded in) as the weights to quantize from."""
+        for name, value in values.items():
+            self._originals[name] = value
+            self._parameters[name].data = value
+
+
+def _rows(tensor: Tensor, ref: WeightRef) -> Tensor:
+    return tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]]
