@@ -1,0 +1,171 @@
+"""What is kept of one trial (TrialRecord) and of one op (OpSummary)."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from tuner.errors import SaveError, TunerError
+from tuner.plan import Plan
+from tuner.schemes import OpConfig, TensorScheme
+
+TrialState = Literal["complete", "failed", "stopped_early"]
+_STATES = ("complete", "failed", "stopped_early")
+_FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One plan and what its evaluation gave. Number 0 is the FP32 baseline.
+
+    `accuracy` is None where there was no evaluation or it failed; `metrics` holds every metric
+    that `eval_func` returned; `costs` holds `size_bytes`, `bops` and, where measured, `latency_ms`.
+    `meets_goal` is None where there was no accuracy to judge. `reason` says why the plan was
+    proposed, `error` holds the traceback of a failed trial.
+    """
+
+    number: int
+    plan: Plan
+    accuracy: float | None
+    metrics: Mapping[str, float] = field(hash=False)
+    costs: Mapping[str, float] = field(hash=False)
+    meets_goal: bool | None
+    state: TrialState
+    duration_s: float
+    reason: str = ""
+    error: str | None = None
+    scores: tuple[float, ...] | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a mapping of strict JSON; NaN and ±inf become "nan", "inf" and "-inf"."""
+        return {
+            "number": self.number,
+            "plan": json.loads(self.plan.to_json()),
+            "accuracy": None if self.accuracy is None else encode_float(self.accuracy),
+            "metrics": encode_floats(self.metrics),
+            "costs": encode_floats(self.costs),
+            "meets_goal": self.meets_goal,
+            "state": self.state,
+            "duration_s": self.duration_s,
+            "reason": self.reason,
+            "error": self.error,
+            "scores": None if self.scores is None else [encode_float(s) for s in self.scores],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "TrialRecord":
+        """Read what `to_dict` wrote; raises SaveError on anything else."""
+        try:
+            if data["state"] not in _STATES:
+                raise SaveError(f"state {data['state']!r} of a trial is none of {_STATES}")
+            return cls(
+                number=int(data["number"]),
+                plan=Plan.from_json(json.dumps(data["plan"])),
+                accuracy=None if data["accuracy"] is None else float(data["accuracy"]),
+                metrics=decode_floats(data["metrics"]),
+                costs=decode_floats(data["costs"]),
+                meets_goal=data["meets_goal"],
+                state=cast(TrialState, data["state"]),
+                duration_s=float(data["duration_s"]),
+                reason=data["reason"],
+                error=data["error"],
+                scores=None if data["scores"] is None else tuple(map(float, data["scores"])),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, TunerError) as error:
+            raise SaveError(
+                f"not a trial record ({type(error).__name__}: {error}): the file or table that "
+                "it was read from is damaged or of another version"
+            ) from error
+
+
+@dataclass(frozen=True)
+class OpSummary:
+    """One row of the op table: an op, what was chosen for it, and what that costs.
+
+    `shape` is the weight's shape, or the output's where the op has no weight; `choice` is a label
+    such as W4A8 or FP32; `cost_share` is the op's share (0…1) of the plan's cost in the objective.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    parameters: int
+    macs: float
+    choice: str
+    predicted_damage: float
+    size_bytes: float
+    bops: float
+    cost_share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a mapping of strict JSON."""
+        return {
+            "name": self.name,
+            "type": self.type,
+            "shape": list(self.shape),
+            "parameters": self.parameters,
+            "macs": encode_float(self.macs),
+            "choice": self.choice,
+            "predicted_damage": encode_float(self.predicted_damage),
+            "size_bytes": encode_float(self.size_bytes),
+            "bops": encode_float(self.bops),
+            "cost_share": encode_float(self.cost_share),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "OpSummary":
+        """Read what `to_dict` wrote."""
+        return cls(
+            name=str(data["name"]),
+            type=str(data["type"]),
+            shape=tuple(int(n) for n in data["shape"]),
+            parameters=int(data["parameters"]),
+            macs=float(data["macs"]),
+            choice=str(data["choice"]),
+            predicted_damage=float(data["predicted_damage"]),
+            size_bytes=float(data["size_bytes"]),
+            bops=float(data["bops"]),
+            cost_share=float(data["cost_share"]),
+        )
+
+
+def describe_config(config: OpConfig) -> str:
+    """Return a short label of an op's bits: W4A8, W8, A8, A8/A4 (inputs that differ), FP32.
+
+    An output scheme adds O8, a bias scheme alone is B32; an input left in float counts as A32.
+    """
+    parts = [f"W{config.weight.bits}" if config.weight else "", _describe_inputs(config)]
+    if config.output:
+        parts.append(f"O{config.output.bits}")
+    if config.bias and not any(parts):
+        parts.append(f"B{config.bias.bits}")
+    return "".join(parts) or "FP32"
+
+
+def _describe_inputs(config: OpConfig) -> str:
+    schemes = config.inputs if isinstance(config.inputs, tuple) else (config.inputs,)
+    if not any(schemes):
+        return ""
+    bits = [_bits(scheme) for scheme in schemes]
+    return f"A{bits[0]}" if len(set(bits)) == 1 else "/".join(f"A{b}" for b in bits)
+
+
+def _bits(scheme: TensorScheme | None) -> int:
+    return scheme.bits if scheme else _FLOAT_BITS
+
+
+def encode_float(value: float) -> float | str:
+    """Return a value that strict JSON can hold; `float()` reads it back."""
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+def encode_floats(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Encode every value of a mapping with `encode_float`."""
+    return {name: encode_float(value) for name, value in values.items()}
+
+
+def decode_floats(values: Mapping[str, Any]) -> dict[str, float]:
+    """Read what `encode_floats` wrote."""
+    return {name: float(value) for name, value in values.items()}

@@ -1,0 +1,161 @@
+"""The HTML page of one tuning result: one file, no script, nothing fetched."""
+
+import math
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from tuner.errors import SaveError
+from tuner.records import OpSummary
+from tuner.report import text
+from tuner.report.scatter import scatter
+from tuner.report.source import ReportSource
+
+_TEMPLATE = "report.html"
+_OBJECTIVES = {"size": "size", "bops": "bit operations", "latency": "latency"}
+_STOPPED = {
+    "goal_met_and_minimal": "the goal is met and nothing cheaper is left to try",
+    "max_trials": "the budget of trials was used up",
+    "timeout": "the time was used up",
+    "exhausted": "the strategy had nothing left to try",
+    "cancelled": "it was cancelled",
+    "no_eval_func": "there was no eval_func: the model was calibrated only",
+}
+_SHADES = (2, 3, 4, 6, 8, 16)
+_FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """One op as the bit map shows it: bits of weight and inputs (None where not applicable)."""
+
+    op: OpSummary
+    weight_bits: int | None
+    input_bits: int | None
+    damage_share: float
+    cost_width: float
+
+
+def write(source: ReportSource, path: str | Path) -> Path:
+    """Write the report to `path`, whole or not at all; raises SaveError where it cannot."""
+    target = Path(path)
+    content = render(source)
+    try:
+        _write_atomically(target, content)
+    except OSError as error:
+        raise SaveError(
+            f"the report cannot be written to {target}: {error.strerror or error}. "
+            "Give a file name in a folder that exists and is writable"
+        ) from error
+    return target
+
+
+def render(source: ReportSource) -> str:
+    """Return the report as HTML."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": text.number,
+        "percent": text.percent,
+        "count": text.count,
+        "size": text.size,
+        "seconds": text.seconds,
+        "shape": text.shape,
+        "shade": _shade,
+    }
+    template = environment.from_string((files(__package__) / _TEMPLATE).read_text("utf-8"))
+    return template.render(
+        result=source,
+        headline=_headline(source),
+        change=_change(source),
+        stopped=_STOPPED[source.stop_reason],
+        objective=_OBJECTIVES[source.config.objective],
+        plot=scatter(source),
+        front={record.number for record in source.pareto()},
+        rows=_op_rows(source.op_table),
+        shades=(*_SHADES, _FLOAT_BITS),
+        uncovered_share=_uncovered_share(source),
+        config=source.config.model_dump_json(indent=2),
+    )
+
+
+def _headline(source: ReportSource) -> str:
+    if source.goal_met is None:
+        return "Quantized by calibration alone: the accuracy was not measured"
+    if not source.goal_met:
+        return "The goal was not met"
+    if source.quantized_ops == 0:
+        return "Only the FP32 model meets the goal: nothing was quantized"
+    share = text.percent(source.cost_ratio(source.best))
+    return f"The goal is met at {share} of FP32's {_OBJECTIVES[source.config.objective]}"
+
+
+def _change(source: ReportSource) -> str | None:
+    """Return how the accuracy changed against FP32, as a signed percentage of it."""
+    ours, theirs = source.best.accuracy, source.baseline_trial.accuracy
+    if ours is None or theirs is None:
+        return None
+    if not theirs:
+        return f"{ours - theirs:+.4g}"
+    return f"{100 * (ours - theirs) / abs(theirs):+.3g} %".replace("-", "−")
+
+
+def _op_rows(ops: tuple[OpSummary, ...]) -> list[OpRow]:
+    worst = max(
+        (op.predicted_damage for op in ops if math.isfinite(op.predicted_damage)), default=0
+    )
+    dearest = max((op.cost_share for op in ops), default=0)
+    return [
+        OpRow(
+            op=op,
+            weight_bits=_bits("W", op),
+            input_bits=_bits("A", op),
+            damage_share=min(op.predicted_damage / worst, 1.0) if worst > 0 else 0.0,
+            cost_width=op.cost_share / dearest if dearest > 0 else 0.0,
+        )
+        for op in ops
+    ]
+
+
+def _bits(operand: str, op: OpSummary) -> int | None:
+    """Return the bits that a label such as W4A8 gives an operand; the most of A8/A4 is 8."""
+    if operand == "W" and op.parameters == 0:
+        return None
+    found = [int(bits) for bits in re.findall(rf"{operand}(\d+)", op.choice)]
+    return max(found, default=_FLOAT_BITS)
+
+
+def _shade(bits: int) -> int:
+    """Return the step of the colour scale that holds this many bits."""
+    return next((step for step in _SHADES if bits <= step), _FLOAT_BITS)
+
+
+def _uncovered_share(source: ReportSource) -> float:
+    """Return the share of the model's MACs that lies in calls that cannot be quantized."""
+    left_out = math.fsum(source.uncovered.values())
+    total = left_out + math.fsum(op.macs for op in source.op_table)
+    return left_out / total if total else 0.0
+
+
+def _write_atomically(target: Path, content: str) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", text=True)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
