@@ -77,11 +77,11 @@ def read_batches(loader: Iterable[Any], calib_samples: int | None) -> Iterator[A
         )
     seen = 0
     for batch in iterator:
-        if calib_samples is not None and seen >= calib_samples:
-            return
         _refuse_empty(batch)
         seen += batch_size(batch)
         yield batch
+        if calib_samples is not None and seen >= calib_samples:
+            return
     if not seen:
         raise DataError(
             "calib_dataloader is empty: it yielded no batch. Give at least one batch; an iterator "

@@ -26,6 +26,7 @@ class WeightStore:
         self._originals = {name: p.data for name, p in self._parameters.items()}
         self._schemes: dict[_Key, TensorScheme] = {}
         self._cache: OrderedDict[tuple[_Key, TensorScheme], Tensor] = OrderedDict()
+        self._adopted: dict[tuple[_Key, TensorScheme], Mapping[str, Tensor]] = {}
         self._cached_bytes = 0
         self._max_bytes = max_bytes
 
@@ -33,11 +34,18 @@ class WeightStore:
         """Return the float weight that the reference names."""
         return _rows(self._originals[ref.path], ref)
 
-    def adopt(self, ref: WeightRef, weight: Tensor, scheme: TensorScheme) -> None:
-        """Take weights that were quantized before (a loaded plan) as they are."""
+    def adopt(
+        self, ref: WeightRef, weight: Tensor, scheme: TensorScheme, packed: Mapping[str, Tensor]
+    ) -> None:
+        """Take weights that were quantized before (a loaded plan) as they are, and their codes."""
+        self._adopted[ref.key, scheme] = packed
         target = _rows(self._parameters[ref.path].data, ref)
         target.copy_(weight.to(target.dtype))
         self._schemes[ref.key] = scheme
+
+    def packed(self, ref: WeightRef, scheme: TensorScheme) -> Mapping[str, Tensor] | None:
+        """Return the codes that `adopt` was given, or None if the float weight is here."""
+        return self._adopted.get((ref.key, scheme))
 
     def set(self, ref: WeightRef, scheme: TensorScheme | None) -> None:
         """Quantize a weight by a scheme, or give it its float values back."""

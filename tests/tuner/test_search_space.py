@@ -1,0 +1,181 @@
+"""Presets, rules and tied weights."""
+
+import pytest
+import torch
+from tests.tuner.nets import Attention, ConvNet, Functional, Recurrent, Tied, Transposed
+from tests.tuner.nets import inputs_for, seeded
+from torch import nn
+
+from tuner.config import Rule, SearchSpace, TuningConfig
+from tuner.errors import SpaceError, UnsupportedError
+from tuner.granularity import PerChannel, PerGroup, PerTensor
+from tuner.preparation import Preparation, Prepared
+from tuner.progress import Progress
+from tuner.schemes import OpConfig, TensorScheme
+
+W4 = TensorScheme(format="int4", granularity=PerChannel(0))
+A8 = TensorScheme(format="uint8", symmetric=False)
+
+
+def prepared(net: nn.Module, space: str | SearchSpace, objective: str = "bops") -> Prepared:
+    config = TuningConfig(space=space, objective=objective)
+    preparation = Preparation(net, [inputs_for(net, 16)], None, config)
+    preparation.record()
+    return preparation.finish(Progress(False))
+
+
+def labels(ready: Prepared) -> dict[str, list[str]]:
+    return {unit.name: [c.label for c in unit.choices] for unit in ready.space.units}
+
+
+MIXED = ["W8A8", "W6A8", "W4A8", "W3A8", "W2A8", "W6A6", "W4A6", "W4A4", "W3A4", "W2A4", "FP32"]
+
+
+def test_int8() -> None:
+    assert labels(prepared(seeded(Attention), "int8")) == {
+        "attention/q_proj": ["W8A8", "FP32"],
+        "attention/k_proj": ["W8A8", "FP32"],
+        "attention/v_proj": ["W8A8", "FP32"],
+        "attention/matmul:0": ["A8", "FP32"],
+        "attention/matmul:1": ["A8", "FP32"],
+        "attention/out_proj": ["W8A8", "FP32"],
+    }
+
+
+def test_mixed_int_with_tied_weights() -> None:
+    ready = prepared(seeded(Tied), "mixed-int")
+    assert labels(ready) == {"embed": MIXED, "body": MIXED}
+    tied = ready.space.units[0]
+    for choice in tied.choices:
+        assert choice.configs["embed"].weight == choice.configs["head"].weight
+        assert choice.configs["embed"].inputs is None
+
+
+def test_mixed_int_of_ops_without_a_weight_or_without_inputs() -> None:
+    found = labels(prepared(seeded(Functional), "mixed-int"))
+    assert found["/bmm:0"] == ["A8", "A6", "A4", "FP32"]
+    assert labels(prepared(seeded(Recurrent), "mixed-int"))["embed"] == [
+        "W8",
+        "W6",
+        "W4",
+        "W3",
+        "W2",
+        "FP32",
+    ]
+
+
+def test_schemes_of_the_presets() -> None:
+    choice = prepared(seeded(Transposed), "int8").space.units[1].choices[0]
+    config = choice.configs["up"]
+    assert config.weight is not None
+    assert config.weight.granularity == PerChannel(1)
+    assert config.weight.symmetric
+    scheme = config.input_scheme(0)
+    assert scheme is not None
+    assert (scheme.granularity, scheme.symmetric, scheme.dynamic) == (PerTensor(), False, False)
+    dynamic = prepared(seeded(ConvNet), "int8-dynamic").space.units[2].choices[0]
+    scheme = dynamic.configs["head"].input_scheme(0)
+    assert scheme is not None
+    assert scheme.granularity.kind == "per_token"
+
+
+@pytest.mark.parametrize(("features", "size"), [(256, 128), (96, 32), (50, 32)])
+def test_groups_divide_where_they_can(features: int, size: int) -> None:
+    net = nn.Sequential(nn.Linear(features, 4))
+    preparation = Preparation(
+        net, [torch.randn(4, features)], None, TuningConfig(space="int4-weight-only")
+    )
+    preparation.record()
+    config = preparation.finish(Progress(False)).space.units[0].choices[0].configs["0"]
+    assert config.weight is not None
+    assert config.weight.granularity == PerGroup(size, -1)
+    assert config.inputs is None
+
+
+def test_costs_add_up_to_those_of_the_plan() -> None:
+    ready = prepared(seeded(Tied), "mixed-int")
+    for index in (0, 4, len(MIXED) - 1):
+        assignment = (index,) * len(ready.space.units)
+        costs = ready.costs.costs(ready.space.plan(assignment))
+        total = ready.space.space.cost(assignment)
+        # beside the objective, size weighs a thousandth of what bops do
+        assert total == pytest.approx(costs.bops, rel=0.2, abs=2e-3 * ready.costs.costs({}).bops)
+        assert ready.space.assignment(ready.space.plan(assignment)) == assignment
+
+
+def test_rules_replace_and_the_last_wins() -> None:
+    space = SearchSpace(
+        preset="int8",
+        rules=[
+            Rule(op_types=["Conv2d"], options=[OpConfig(weight=W4, inputs=A8)]),
+            Rule(names=["dep*"], options=[OpConfig(weight=W4), OpConfig.float()]),
+        ],
+    )
+    assert labels(prepared(seeded(ConvNet), space)) == {
+        "conv": ["W4A8"],
+        "depthwise": ["W4", "FP32"],
+        "head": ["W8A8", "FP32"],
+    }
+
+
+def test_ops_outside_presets_come_in_when_named_or_typed_but_not_by_a_glob() -> None:
+    inputs = [OpConfig(inputs=A8), OpConfig.float()]
+    by_glob = SearchSpace(rules=[Rule(names=["*"], options=inputs)])
+    found = labels(prepared(seeded(Functional), by_glob))
+    assert "/add:0" not in found
+    assert "/softmax:0" not in found
+    by_type = SearchSpace(rules=[Rule(op_types=["add", "Softmax", "cat"], options=inputs)])
+    found = labels(prepared(seeded(Functional), by_type))
+    assert {"/add:0", "/softmax:0", "/cat:0"} <= set(found)
+    by_name = SearchSpace(rules=[Rule(names=["/mul:0"], options=inputs)])
+    assert "/mul:0" in labels(prepared(seeded(Functional), by_name))
+
+
+def test_options_with_equal_bits_keep_apart() -> None:
+    other = A8.model_copy(update={"calibration": "percentile"})
+    options = [OpConfig(weight=W4, inputs=A8), OpConfig(weight=W4, inputs=other)]
+    space = SearchSpace(rules=[Rule(names=["head"], options=options)])
+    assert labels(prepared(seeded(ConvNet), space))["head"] == ["W4A8", "W4A8#2"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (Rule(names=["hed"], options=[OpConfig.float()]), "head"),
+        (Rule(op_types=["Conv2D"], options=[OpConfig.float()]), "Conv2d"),
+        (Rule(op_types=["Linear"], names=["conv"], options=[OpConfig.float()]), "nothing"),
+        (Rule(names=["head"], options=[OpConfig(inputs=(A8, A8, A8))]), "operands"),
+    ],
+)
+def test_rules_that_cannot_work_are_refused(rule: Rule, says: str) -> None:
+    with pytest.raises(SpaceError, match=says):
+        prepared(seeded(ConvNet), SearchSpace(rules=[rule]))
+
+
+def test_an_option_that_would_change_nothing_is_refused() -> None:
+    rule = Rule(names=["/bmm:0"], options=[OpConfig(weight=W4)])
+    with pytest.raises(SpaceError, match="change nothing"):
+        prepared(seeded(Functional), SearchSpace(rules=[rule]))
+
+
+@pytest.mark.parametrize("preset", ["fp8", "mx", "everything"])
+def test_presets_of_later_versions_are_refused(preset: str) -> None:
+    with pytest.raises(UnsupportedError, match="int8"):
+        prepared(seeded(ConvNet), preset)
+
+
+def test_recovery_is_refused() -> None:
+    rule = Rule(options=[OpConfig(weight=W4, recovery=("smooth_quant",))])
+    with pytest.raises(UnsupportedError, match="recovery"):
+        prepared(seeded(ConvNet), SearchSpace(rules=[rule]))
+
+
+def test_nothing_to_quantize() -> None:
+    with pytest.raises(SpaceError, match="nothing in this model can be quantized"):
+        Preparation(nn.ReLU(), [torch.randn(2, 3)], None, TuningConfig()).record()
+
+
+def test_static_per_channel_inputs_are_refused() -> None:
+    rule = Rule(names=["head"], options=[OpConfig(inputs=TensorScheme(granularity=PerChannel(1)))])
+    with pytest.raises(Exception, match="per_channel"):
+        prepared(seeded(ConvNet), SearchSpace(rules=[rule]))

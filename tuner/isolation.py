@@ -1,0 +1,66 @@
+"""Keeping a run from touching what is the user's: the model and the random number generators."""
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tuner.errors import ModelError
+
+
+def copied(model: Any) -> nn.Module:
+    """Return a deep copy of the model in eval mode; raises ModelError where there can be none."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("model is a ScriptModule, whose ops are out of reach: give the nn.Module")
+    if any(p.is_meta for p in model.parameters()):
+        raise ModelError("model has parameters on the meta device: load its weights first")
+    try:
+        return copy.deepcopy(model).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"the model cannot be copied ({error}): a non-leaf tensor or a handle hangs on it. "
+            "Remove it, or give the model a __deepcopy__"
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """The state of Python's, numpy's and torch's generators."""
+
+    python: Any
+    numpy: Any
+    torch: torch.Tensor
+    cuda: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """Return the current state."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        numpy = np.random.get_state()  # noqa: NPY002
+        return cls(random.getstate(), numpy, torch.get_rng_state(), tuple(cuda))
+
+    def restore(self) -> None:
+        """Set the generators back to this state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+
+
+@contextmanager
+def isolated_random_state() -> Iterator[RandomState]:
+    """Give the generators back as they were, also after an exception."""
+    state = RandomState.now()
+    try:
+        yield state
+    finally:
+        state.restore()

@@ -1,0 +1,1 @@
+"""Repairs that keep the float function and make it easier to quantize."""

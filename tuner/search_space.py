@@ -1,0 +1,311 @@
+"""From a model's ops and the user's SearchSpace to the units that a strategy may choose from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from strategies.space import Assignment, Option, Space, Unit
+from tuner.config import Rule, SearchSpace
+from tuner.costs import CostModel
+from tuner.errors import PlanError, SpaceError, UnknownNameError, UnsupportedError
+from tuner.ops import Op
+from tuner.plan import Plan
+from tuner.presets import INPUT_CALIBRATIONS, Candidate, preset_candidates
+from tuner.records import describe_config
+from tuner.schemes import OpConfig, TensorScheme
+from tuner.sensitivity import Component, Sensitivity, components_of
+
+FLOAT = Candidate("FP32", OpConfig.float())
+_TIE_BREAK = 1e-3
+"""The weight of the other cost beside the objective, both as shares of FP32: what costs nothing in
+the objective (an embedding in bops, an activation in size) is still worth quantizing."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One option of a unit: what each of its ops gets."""
+
+    label: str
+    configs: Mapping[str, OpConfig]
+
+
+@dataclass(frozen=True)
+class TuningUnit:
+    """Ops that choose together, and their choices in the order of the strategy's options."""
+
+    name: str
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class TuningSpace:
+    """The strategy's Space, and what its assignments mean for the model."""
+
+    units: tuple[TuningUnit, ...]
+    space: Space
+
+    def plan(self, assignment: Assignment) -> Plan:
+        """Return the plan that an assignment stands for."""
+        chosen: dict[str, OpConfig] = {}
+        for unit, index in zip(self.units, assignment, strict=True):
+            chosen.update(unit.choices[index].configs)
+        return Plan(chosen)
+
+    def assignment(self, plan: Plan) -> Assignment:
+        """Return the assignment of a plan; raises PlanError if this space does not hold it."""
+        return tuple(_choice_index(unit, plan) for unit in self.units)
+
+
+def _choice_index(unit: TuningUnit, plan: Plan) -> int:
+    for index, choice in enumerate(unit.choices):
+        if all(plan.get(name) == config for name, config in choice.configs.items()):
+            return index
+    raise PlanError(f"{unit.name}: the plan's choice is not in this search space")
+
+
+def candidates_of(
+    ops: Mapping[str, Op], space: SearchSpace, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, list[Candidate]]:
+    """Return the candidates of every op in the space, FP32 last unless a rule takes it away.
+
+    Raises SpaceError for a rule that matches nothing, or whose options no matched op can take.
+    """
+    found: dict[str, list[Candidate]] = {}
+    for name, op in ops.items():
+        if candidates := preset_candidates(space.preset, op, shapes):
+            found[name] = [*candidates, FLOAT]
+    for rule in space.rules:
+        for op in _matched(ops, rule):
+            found[op.name] = _rule_candidates(op, rule)
+    if not found:
+        raise SpaceError(
+            "nothing in this model can be quantized in this space: it has no op with "
+            f"multiply-accumulates or an embedding that the preset {space.preset!r} covers. "
+            f"Ops that were recorded: {', '.join(ops) or 'none'}"
+        )
+    return {name: found[name] for name in ops if name in found}
+
+
+def _matched(ops: Mapping[str, Op], rule: Rule) -> list[Op]:
+    types = {op.type for op in ops.values()}
+    for op_type in rule.op_types or ():
+        if op_type not in types:
+            raise SpaceError(str(UnknownNameError("op type in a rule", op_type, types)))
+    for glob in rule.names or ():
+        if not any(fnmatchcase(name, glob) for name in ops):
+            raise SpaceError(str(UnknownNameError("op name in a rule", glob, ops)))
+    matched = [op for op in ops.values() if _matches(op, rule)]
+    if not matched:
+        raise SpaceError(
+            f"a rule matches nothing: op_types {rule.op_types} and names {rule.names} have no op "
+            "in common"
+        )
+    return matched
+
+
+def _matches(op: Op, rule: Rule) -> bool:
+    """Return whether a rule speaks of an op; ops outside presets must be named, not globbed."""
+    by_type = rule.op_types is None or op.type in rule.op_types
+    by_name = rule.names is None or any(fnmatchcase(op.name, glob) for glob in rule.names)
+    named = op.by_default or rule.op_types is not None or op.name in (rule.names or ())
+    return by_type and by_name and named
+
+
+def _rule_candidates(op: Op, rule: Rule) -> list[Candidate]:
+    configs = dict.fromkeys(_fitted(op, config) for config in rule.options)
+    labels: dict[str, int] = {}
+    candidates = []
+    for config in configs:
+        label = describe_config(config)
+        labels[label] = labels.get(label, 0) + 1
+        suffix = f"#{labels[label]}" if labels[label] > 1 else ""
+        candidates.append(Candidate(label + suffix, config, given=True))
+    return sorted(candidates, key=lambda c: c.config.is_float)
+
+
+def _fitted(op: Op, config: OpConfig) -> OpConfig:
+    """Return a rule's option as it applies to one op: a scheme for each operand that it has."""
+    if config.recovery or config.bias is not None:
+        raise UnsupportedError(
+            f"{op.name}: OpConfig(recovery=…) and OpConfig(bias=…) are not supported by this "
+            "version: leave them out"
+        )
+    last = max(op.activations, default=-1) + 1
+    if isinstance(config.inputs, tuple) and len(config.inputs) > last:
+        raise SpaceError(
+            f"{op.name} ({op.type}) has {last} input operands, but the rule's option gives "
+            f"{len(config.inputs)}"
+        )
+    inputs = tuple(config.input_scheme(i) if i in op.activations else None for i in range(last))
+    fitted = OpConfig(
+        weight=config.weight if op.weights else None,
+        inputs=inputs if any(inputs) else None,
+        output=config.output,
+    )
+    if fitted.is_float and not config.is_float:
+        raise SpaceError(
+            f"{op.name} ({op.type}) has {'no weight' if not op.weights else 'no such input'}: "
+            f"the rule's option {describe_config(config)} would change nothing. Restrict the rule "
+            "with op_types or names"
+        )
+    return fitted
+
+
+def components_wanted(
+    ops: Mapping[str, Op], candidates: Mapping[str, Sequence[Candidate]]
+) -> dict[str, list[Component]]:
+    """Return every (operand, scheme) whose effect must be known, calibration variants included."""
+    wanted: dict[str, list[Component]] = {}
+    for name, options in candidates.items():
+        unique: dict[Component, None] = {}
+        for candidate in options:
+            for index, scheme in components_of(ops[name], candidate.config):
+                fixed = candidate.given or index < 0
+                variants = [scheme] if fixed else calibration_variants(scheme)
+                unique.update(dict.fromkeys((index, variant) for variant in variants))
+        wanted[name] = list(unique)
+    return wanted
+
+
+def calibration_variants(scheme: TensorScheme) -> list[TensorScheme]:
+    """Return an input's scheme with each of the calibration methods worth a try."""
+    if scheme.is_dynamic or scheme.calibration not in INPUT_CALIBRATIONS:
+        return [scheme]
+    others = [m for m in INPUT_CALIBRATIONS if m != scheme.calibration]
+    return [scheme, *(scheme.model_copy(update={"calibration": m}) for m in others)]
+
+
+def best_calibrations(
+    op: Op, candidates: Sequence[Candidate], sensitivity: Sensitivity
+) -> list[Candidate]:
+    """Return the candidates with each input calibrated as it is predicted to harm least."""
+    best: dict[Component, TensorScheme] = {}
+
+    def choose(index: int, scheme: TensorScheme | None) -> TensorScheme | None:
+        if scheme is None or index not in op.activations:
+            return scheme
+        if (index, scheme) not in best:
+            variants = [
+                v for v in calibration_variants(scheme) if (index, v) in sensitivity.components
+            ]
+            alone = {v: _alone(sensitivity, index, v) for v in variants}
+            best[index, scheme] = min(variants, key=lambda v: alone[v])
+        return best[index, scheme]
+
+    chosen = []
+    for candidate in candidates:
+        inputs = candidate.config.inputs
+        if isinstance(inputs, tuple) and not candidate.given:
+            picked = tuple(choose(i, scheme) for i, scheme in enumerate(inputs))
+            config = candidate.config.model_copy(update={"inputs": picked})
+            candidate = Candidate(candidate.label, config)
+        chosen.append(candidate)
+    return chosen
+
+
+def _alone(sensitivity: Sensitivity, index: int, scheme: TensorScheme) -> float:
+    position = sensitivity.components.index((index, scheme))
+    return float(sensitivity.gram[position, position])
+
+
+def build_space(
+    ops: Mapping[str, Op],
+    candidates: Mapping[str, Sequence[Candidate]],
+    damages: Mapping[str, Mapping[str, float]],
+    costs: CostModel,
+    objective: str,
+) -> TuningSpace:
+    """Return the units, their options' cost in the objective and their predicted damage.
+
+    `damages` maps op → label → damage. Ops with tied weights become one unit.
+    """
+    units, spaces = [], []
+    floats = 0.0
+    price = _Price(costs, objective)
+    for group in _tied(ops, candidates):
+        members = [ops[name] for name in group]
+        choices = _joint_choices(members, candidates)
+        options = []
+        for choice in choices:
+            labels = {n: _label_of(candidates[n], choice.configs[n]) for n in group}
+            damage = sum(damages[name][label] for name, label in labels.items())
+            is_float = all(config.is_float for config in choice.configs.values())
+            cost = price.of(members, choice.configs)
+            options.append(Option(choice.label, cost, damage, is_float))
+        floats += price.of(members, dict.fromkeys(group, OpConfig.float()))
+        units.append(TuningUnit(group[0], tuple(choices)))
+        spaces.append(Unit(group[0], _kind(members), tuple(options)))
+    return TuningSpace(tuple(units), Space(tuple(spaces), price.whole - floats))
+
+
+class _Price:
+    """The cost that strategies minimise, in units of the objective."""
+
+    def __init__(self, costs: CostModel, objective: str) -> None:
+        total = costs.costs({})
+        ours, other = total.bops, total.size_bytes
+        if objective == "size":
+            ours, other = other, ours
+        self._costs = costs
+        self._by_size = objective == "size"
+        self._rate = _TIE_BREAK * ours / other if other else 0.0
+        self.whole = ours + self._rate * other
+
+    def of(self, members: Sequence[Op], configs: Mapping[str, OpConfig]) -> float:
+        """Return the cost of tied ops together; their weight counts once."""
+        bops = sum(self._costs.bops(op, configs[op.name]) for op in members)
+        weights = {ref.key: (ref, configs[op.name].weight) for op in members for ref in op.weights}
+        size = sum(self._costs.weight_bytes(ref, scheme) for ref, scheme in weights.values())
+        size += sum(self._costs.activation_bytes(op, configs[op.name]) for op in members)
+        return size + self._rate * bops if self._by_size else bops + self._rate * size
+
+
+def _kind(members: Sequence[Op]) -> str:
+    return max(members, key=lambda op: op.macs).type
+
+
+def _label_of(candidates: Sequence[Candidate], config: OpConfig) -> str:
+    return next(c.label for c in candidates if c.config == config)
+
+
+def _tied(ops: Mapping[str, Op], candidates: Mapping[str, object]) -> list[tuple[str, ...]]:
+    """Group the ops that share a weight, in execution order."""
+    groups: list[list[str]] = []
+    for name in candidates:
+        keys = {ref.key for ref in ops[name].weights}
+        joined = [g for g in groups if any(keys & {r.key for r in ops[n].weights} for n in g)]
+        if not joined:
+            groups.append([name])
+            continue
+        joined[0].extend(n for g in joined[1:] for n in g)
+        joined[0].append(name)
+        groups = [g for g in groups if g is joined[0] or g not in joined]
+    return [tuple(group) for group in groups]
+
+
+def _joint_choices(
+    members: Sequence[Op], candidates: Mapping[str, Sequence[Candidate]]
+) -> list[Choice]:
+    """Combine the options of tied ops: one weight scheme for all, the label of the largest op."""
+    lead = max(members, key=lambda op: (len(candidates[op.name]), op.macs))
+    choices = []
+    for candidate in candidates[lead.name]:
+        configs = {lead.name: candidate.config}
+        for op in members:
+            if op is not lead and (match := _match(candidate, candidates[op.name])) is not None:
+                configs[op.name] = match
+        if len(configs) == len(members):
+            ordered = {op.name: configs[op.name] for op in members}
+            choices.append(Choice(candidate.label, ordered))
+    if not choices:
+        raise SpaceError(
+            f"{', '.join(op.name for op in members)} share one weight, but their options have no "
+            "weight scheme in common: give them the same one in the rules"
+        )
+    return choices
+
+
+def _match(lead: Candidate, options: Sequence[Candidate]) -> OpConfig | None:
+    same = [c for c in options if c.config.weight == lead.config.weight]
+    labelled = [c for c in same if c.label == lead.label]
+    return next((c.config for c in (*labelled, *same)), None)

@@ -1,0 +1,201 @@
+"""Predicted damage of every option of every op, without running the model once per option.
+
+An option perturbs an op's output by Δ = Σ Δ_c, one Δ_c for each tensor that it quantizes (its
+weight, each operand, its output). With g the gradient of the loss at that output (labels sampled
+from the model itself), the predicted damage is ½ Σ (g·Δ)² per sample: the diagonal Fisher
+approximation of the KL divergence from the float model. Because Δ is a sum, the Gram matrix
+⟨g·Δ_c, g·Δ_d⟩ of the components gives every combination of them: the work grows with the number
+of schemes, not with the number of options, and the model itself runs forward and backward once.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.batches import Feeder, batch_size
+from tuner.capture import Capture, CapturedCall, surrogate_loss
+from tuner.model import OUTPUT, InstrumentedModel
+from tuner.ops import Op
+from tuner.schemes import OpConfig, TensorScheme
+from tuner.tensors import map_tensors
+
+_log = logging.getLogger(__name__)
+
+SAMPLES = 64
+_SLICE = 32
+WEIGHT = -2
+"""The component index of an op's weight; operands are ≥ 0, the output is OUTPUT."""
+
+Component = tuple[int, TensorScheme]
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Gram matrices of one op's perturbations, from which any option's damage follows."""
+
+    components: tuple[Component, ...]
+    gram: Tensor
+
+    def damage(self, op: Op, config: OpConfig) -> float:
+        """Return the predicted damage of a configuration, 0 for float."""
+        chosen = [self.components.index(c) for c in components_of(op, config)]
+        return max(float(self.gram[chosen][:, chosen].sum()), 0.0)
+
+
+def components_of(op: Op, config: OpConfig) -> list[Component]:
+    """Return what a configuration quantizes on an op: (component index, scheme)."""
+    pairs: list[tuple[int, TensorScheme | None]] = [
+        (WEIGHT, config.weight if op.weights else None),
+        *((i, config.input_scheme(i)) for i in op.activations),
+        (OUTPUT, config.output),
+    ]
+    return [(index, scheme) for index, scheme in pairs if scheme is not None]
+
+
+class SensitivityAnalysis:
+    """Measures the perturbations of every op under the schemes that a space may use."""
+
+    def __init__(
+        self,
+        model: InstrumentedModel,
+        feeder: Feeder,
+        components: Mapping[str, Sequence[Component]],
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._feeder = feeder
+        self._components = {name: tuple(c) for name, c in components.items() if c}
+        self._grams = {n: torch.zeros(len(c), len(c)) for n, c in self._components.items()}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._samples = 0
+        sizes = (m.num_embeddings for m in model.model.modules() if isinstance(m, nn.Embedding))
+        self._vocabularies = frozenset(sizes)
+
+    def run(
+        self, batches: Sequence[Any], late: Sequence[Any], advance: Callable[[], None]
+    ) -> dict[str, Sensitivity]:
+        """Return the sensitivity of every op from the first SAMPLES samples of the batches.
+
+        `late` batches reached ops that the first ones did not: a slice of each is added.
+        """
+        for batch in batches:
+            for part, samples in _slices(batch):
+                if self._samples < SAMPLES:
+                    self._add(self._captured(part), advance)
+                    self._samples += samples
+        for batch in late:
+            part, samples = next(_slices(batch))
+            self._add(self._captured(part), advance)
+            self._samples += samples
+        scale = 0.5 / max(self._samples, 1)
+        return {n: Sensitivity(self._components[n], g * scale) for n, g in self._grams.items()}
+
+    def _captured(self, batch: Any) -> dict[str, list[CapturedCall]]:
+        """Run the model forward and backward on a batch; gradients stay None where impossible."""
+        model = self._model.model
+        capture = Capture(self._components)
+        needed = {name: p.requires_grad for name, p in model.named_parameters()}
+        try:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            with torch.enable_grad(), self._model.watching(capture), _quiet():
+                output = self._feeder(model, batch)
+                loss = surrogate_loss(output, batch, self._vocabularies, self._generator)
+                if loss is not None:
+                    self._backward(loss)
+        finally:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(needed[name])
+        return capture.calls
+
+    def _backward(self, loss: Tensor) -> None:
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            _log.warning(
+                "no gradients can be had (%s): predicted damage falls back to output errors",
+                str(error).splitlines()[0],
+            )
+
+    @torch.no_grad()
+    def _add(self, calls: dict[str, list[CapturedCall]], advance: Callable[[], None]) -> None:
+        for name in list(calls):
+            for captured in calls.pop(name):
+                self._grams[name] += self._gram(self._model.ops[name], captured)
+            advance()
+
+    def _gram(self, op: Op, captured: CapturedCall) -> Tensor:
+        components = self._components[op.name]
+        reference = _head(captured.call.invoke(lambda i, x: x)).float()
+        if captured.gradient is None:  # the output error, relative to the output
+            weight = reference.square().sum().div(max(reference.shape[0], 1)).rsqrt()
+        else:
+            weight = captured.gradient.float()
+        rows = []
+        for component in components:
+            perturbed = _head(self._perturbed(op, captured, component)).float()
+            rows.append((perturbed - reference).mul_(weight).flatten())
+        stacked = torch.nan_to_num(torch.stack(rows))
+        return (stacked @ stacked.T).cpu()
+
+    def _perturbed(self, op: Op, captured: CapturedCall, component: Component) -> Any:
+        index, scheme = component
+        if index == WEIGHT:
+            return self._with_weight(op, captured, scheme)
+        quantizer = self._model.quantizer(op, index, scheme)
+        if index == OUTPUT:
+            return quantizer(_head(captured.call.invoke(lambda i, x: x)))
+        return captured.call.invoke(lambda i, x: quantizer(x) if i == index else x)
+
+    def _with_weight(self, op: Op, captured: CapturedCall, scheme: TensorScheme) -> Any:
+        weights = self._model.weights
+        if captured.call.module is None:
+            ref = op.weights[0]
+            value = weights.quantized(ref, scheme)
+            value = value.T if ref.transposed else value
+            return captured.call.invoke(lambda i, x: value if i == ref.operand else x)
+        try:
+            for ref in op.weights:
+                weights.set(ref, scheme)
+            return captured.call.invoke(lambda i, x: x)
+        finally:
+            for ref in op.weights:
+                weights.set(ref, None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what torch says of models that look at their values, which they may."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
+        yield
+
+
+def _head(output: Any) -> Tensor:
+    head = output if isinstance(output, Tensor) else output[0]
+    head = head if isinstance(head, Tensor) else head.data  # a PackedSequence
+    assert isinstance(head, Tensor)
+    return head
+
+
+def _slices(batch: Any) -> Iterator[tuple[Any, int]]:
+    """Yield (part, samples): runs of the rows of every tensor that has one row a sample."""
+    size = batch_size(batch)
+    if size <= _SLICE:
+        yield batch, size
+        return
+    for start in range(0, size, _SLICE):
+        rows = slice(start, min(start + _SLICE, size))
+        part = map_tensors(partial(_rows, size=size, rows=rows), batch)
+        yield part, rows.stop - rows.start
+
+
+def _rows(tensor: Tensor, size: int, rows: slice) -> Tensor:
+    return tensor[rows] if tensor.dim() and tensor.shape[0] == size else tensor
