@@ -1,0 +1,273 @@
+"""The face of the library: fit() and load()."""
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tuner.config import TuningConfig
+from tuner.errors import NothingQuantizedWarning, TunerError, UnsupportedError
+from tuner.isolation import RandomState, copied, isolated_random_state
+from tuner.op_table import op_table
+from tuner.plan import Plan
+from tuner.preparation import Preparation, Prepared
+from tuner.progress import Progress
+from tuner.quantized_model import QuantizedModel
+from tuner.records import TrialRecord
+from tuner.results import StopReason, TuningResult
+from tuner.saving import Parts, load_parts
+from tuner.schemes import OpConfig
+from tuner.session import (
+    Callback,
+    EvalFunc,
+    Evaluator,
+    Session,
+    evaluate_baseline,
+    judged,
+    model_signature,
+)
+from tuner.storage import StudyHeader, StudyStore
+
+__all__ = ["fit", "load"]
+
+
+def fit(
+    model: nn.Module,
+    calib_dataloader: Iterable[Any],
+    eval_func: EvalFunc | None = None,
+    config: TuningConfig | None = None,
+    *,
+    forward: Callable[[Any, Any], Any] | None = None,
+    train_func: None = None,
+    storage: str | None = None,
+    study_name: str | None = None,
+    executor: None = None,
+    callbacks: Iterable[Callback] = (),
+    progress: bool | None = None,
+) -> QuantizedModel:
+    """Find the cheapest plan that meets the accuracy goal, and return the model with it on.
+
+    Args:
+        model: the FP32 (or bf16, fp16) model; it is copied once and never changed.
+        calib_dataloader: any iterable of batches (a tensor, `(inputs, labels)`, a mapping, a tuple
+            of inputs), read once.
+        eval_func: takes an instance of the model's own class; returns a number, a mapping of
+            metrics, or a 1-d array of per-sample scores. Without it the model is quantized by
+            calibration alone.
+        config: the goal, the space, the strategy and the budget.
+        forward: `forward(model, batch)` calls the model on a batch, where the default cannot.
+        storage: `sqlite:///path` or `postgresql://…` keeps each trial as it ends.
+        study_name: names the study in the storage; the same name resumes it.
+        callbacks: each is called with every TrialRecord as its trial ends, and may raise
+            TuningCancelled to stop the search.
+        progress: a live display; None shows it on a terminal only.
+
+    Raises:
+        TunerError: the model, the data, the space, the storage or a score cannot be used.
+        Exception: whatever `eval_func` raises on the FP32 model, as it is.
+    """
+    config = TuningConfig() if config is None else config
+    _refuse(config, train_func, executor, eval_func, forward)
+    started = time.monotonic()
+    with isolated_random_state() as random_state, Progress(progress, config.cost_name) as bar:
+        twin = copied(model)
+        preparation = Preparation(twin, calib_dataloader, forward, config)
+        bar.start(config.goal.describe(), config.max_trials)
+        bar.phase("recording", None)
+        preparation.record()
+        if eval_func is None:
+            return _by_calibration(preparation, config, bar, started)
+        run = _Run(preparation, config, bar, started)
+        return run.tuned(model, eval_func, random_state, (storage, study_name), callbacks)
+
+
+def load(directory: str | Path, model: nn.Module) -> QuantizedModel:
+    """Read what QuantizedModel.save() wrote, into a copy of `model` (its weights do not matter).
+
+    Raises SaveError for a damaged directory, PlanError for a model of another architecture.
+    """
+    return QuantizedModel(load_parts(directory, model))
+
+
+class _Run:
+    """One call of fit() with an eval_func."""
+
+    def __init__(
+        self, preparation: Preparation, config: TuningConfig, bar: Progress, started: float
+    ) -> None:
+        self._preparation = preparation
+        self._config = config
+        self._bar = bar
+        self._started = started
+
+    def tuned(
+        self,
+        model: nn.Module,
+        eval_func: EvalFunc,
+        random_state: RandomState,
+        place: tuple[str | None, str | None],
+        callbacks: Iterable[Callback],
+    ) -> QuantizedModel:
+        space = hashlib.sha256(self._preparation.signature().encode()).hexdigest()[:16]
+        header = StudyHeader(
+            model=model_signature(model),
+            space=f"{self._config.search_space.preset} for {self._config.objective} {space}",
+            strategy=self._config.strategy,
+            seed=self._config.seed,
+        )
+        store = StudyStore.open(*place, header)
+        evaluate = Evaluator(eval_func, self._config.goal.metric, random_state)
+        try:
+            return self._searched(store, evaluate, callbacks)
+        except KeyboardInterrupt as interrupt:
+            if not hasattr(interrupt, "tuning_result"):
+                interrupt.tuning_result = None  # type: ignore[attr-defined]
+            raise
+        finally:
+            store.close()
+
+    def _searched(
+        self, store: StudyStore, evaluate: Evaluator, callbacks: Iterable[Callback]
+    ) -> QuantizedModel:
+        stored = [TrialRecord.from_dict(record) for record in store.records()]
+        baseline = stored[0] if stored else self._baseline(store, evaluate)
+        prepared = self._preparation.finish(self._bar, store.payload or None)
+        if not store.payload:
+            store.set_payload(prepared.payload)
+        baseline = _with_goal(baseline, prepared, self._config)
+        self._bar.start(self._config.goal.describe(baseline.accuracy), self._config.max_trials)
+        session = Session(
+            prepared, self._config, evaluate, store, baseline, stored[1:], callbacks, self._bar
+        )
+        limit = self._config.timeout_s
+        try:
+            reason = session.run(None if limit is None else self._started + limit)
+        except KeyboardInterrupt as interrupt:
+            interrupt.tuning_result = self._result(session, prepared, "cancelled")  # type: ignore[attr-defined]
+            raise
+        result = self._result(session, prepared, reason)
+        _warn_if_nothing_quantized(result)
+        return _finished(prepared, result)
+
+    def _baseline(self, store: StudyStore, evaluate: Evaluator) -> TrialRecord:
+        self._bar.phase("evaluating FP32", None)
+        costs = self._preparation.float_costs.to_dict()
+        baseline = evaluate_baseline(evaluate, self._preparation.model.model, costs)
+        store.add(0, baseline.to_dict())
+        return baseline
+
+    def _result(self, session: Session, prepared: Prepared, reason: StopReason) -> TuningResult:
+        best = session.best
+        return TuningResult(
+            config=self._config,
+            baseline_trial=session.baseline,
+            best=best,
+            trials=tuple(session.records),
+            stop_reason=reason,
+            evaluations=1 + len(session.records),
+            op_table=_op_table(prepared, best.plan, self._config),
+            uncovered=prepared.graph.uncovered,
+            unreached=prepared.graph.unreached,
+            duration_s=time.monotonic() - self._started + session.stored_s,
+            eval_s=session.baseline.duration_s + sum(r.duration_s for r in session.records),
+        )
+
+
+def _by_calibration(
+    preparation: Preparation, config: TuningConfig, bar: Progress, started: float
+) -> QuantizedModel:
+    """Quantize every op with its first option, judged by nothing."""
+    prepared = preparation.finish(bar)
+    plan = prepared.space.plan((0,) * len(prepared.space.units))
+    float_plan = _float_plan(prepared)
+    costs = preparation.float_costs.to_dict()
+    why = "first option of every op: no eval_func"
+    baseline = _unjudged(0, float_plan, costs, "FP32 baseline")
+    best = _unjudged(1, plan, prepared.costs.costs(plan).to_dict(), why)
+    result = TuningResult(
+        config=config,
+        baseline_trial=baseline,
+        best=best,
+        trials=(best,),
+        stop_reason="no_eval_func",
+        evaluations=0,
+        op_table=_op_table(prepared, plan, config),
+        uncovered=prepared.graph.uncovered,
+        unreached=prepared.graph.unreached,
+        duration_s=time.monotonic() - started,
+    )
+    return _finished(prepared, result)
+
+
+def _unjudged(number: int, plan: Plan, costs: dict[str, float], reason: str) -> TrialRecord:
+    return TrialRecord(
+        number=number,
+        plan=plan,
+        accuracy=None,
+        metrics={},
+        costs=costs,
+        meets_goal=None,
+        state="complete",
+        duration_s=0.0,
+        reason=reason,
+    )
+
+
+def _float_plan(prepared: Prepared) -> Plan:
+    names = (name for unit in prepared.space.units for name in unit.choices[0].configs)
+    return Plan(dict.fromkeys(names, OpConfig.float()))
+
+
+def _with_goal(baseline: TrialRecord, prepared: Prepared, config: TuningConfig) -> TrialRecord:
+    """Return the baseline with its complete plan, judged by the goal."""
+    return judged(replace(baseline, plan=_float_plan(prepared)), config.goal, baseline)
+
+
+def _op_table(prepared: Prepared, plan: Plan, config: TuningConfig) -> Any:
+    return op_table(prepared.graph, plan, prepared.costs, prepared.damages, config.objective)
+
+
+def _finished(prepared: Prepared, result: TuningResult) -> QuantizedModel:
+    prepared.model.apply(result.best.plan)
+    prepared.model.weights.forget_cache()
+    return QuantizedModel(Parts(prepared.model, result.best.plan, prepared.folded, result))
+
+
+def _warn_if_nothing_quantized(result: TuningResult) -> None:
+    if result.quantized_ops:
+        return
+    dearest = sorted(result.op_table, key=lambda row: -row.cost_share)[:3]
+    shown = ", ".join(f"{row.name} ({row.cost_share:.0%} of the cost)" for row in dearest)
+    warnings.warn(
+        f"nothing was quantized: of {len(result.trials)} plans none that is cheaper than FP32 met "
+        f"the goal ({result.goal.describe(result.baseline)}). The ops that cost most: {shown}. "
+        "Allow a larger drop, more trials or a wider space",
+        NothingQuantizedWarning,
+        stacklevel=5,
+    )
+
+
+def _refuse(
+    config: TuningConfig, train_func: object, executor: object, eval_func: object, forward: object
+) -> None:
+    """Refuse arguments of wrong types, and what later versions bring."""
+    if not isinstance(config, TuningConfig):
+        raise TunerError(f"config is a {type(config).__name__}: give a TuningConfig")
+    for name, function in (("eval_func", eval_func), ("forward", forward)):
+        if function is not None and not callable(function):
+            raise TunerError(f"{name} is a {type(function).__name__}: give a function")
+    later = {
+        "train_func": train_func is not None,
+        "executor": executor is not None,
+        "TuningConfig(target=…)": config.target is not None,
+        "TuningConfig(objective='latency')": config.objective == "latency",
+        "AccuracyGoal(confidence=…)": config.goal.confidence is not None,
+    }
+    for name, given in later.items():
+        if given:
+            raise UnsupportedError(f"{name} is not supported by this version: leave it out")

@@ -1,0 +1,343 @@
+"""A quantized model on disk: plan.json, weights.safetensors, config.json, result.json; no pickle."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from tuner import formats
+from tuner.costs import named_storage
+from tuner.errors import PlanError, SaveError
+from tuner.isolation import copied
+from tuner.model import OUTPUT, InstrumentedModel
+from tuner.ops import Op, Product, WeightRef
+from tuner.packing import pack_codes, unpack_codes
+from tuner.plan import Plan
+from tuner.qparams import compute_qparams, dequantize, quantize
+from tuner.ranges import QParams
+from tuner.recovery.folding import FoldedPair, folded_names, prepare
+from tuner.results import TuningResult
+from tuner.schemes import OpConfig, TensorScheme
+from tuner.version import VERSION
+
+_LAYOUT = 1
+_WEIGHTS, _PLAN, _CONFIG, _RESULT = "weights.safetensors", "plan.json", "config.json", "result.json"
+_SCALES, _ZERO_POINTS = "activations.scale", "activations.zero_point"
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a saved directory holds, in memory."""
+
+    model: InstrumentedModel
+    plan: Plan
+    folded: tuple[FoldedPair, ...]
+    result: TuningResult
+
+
+def save_parts(parts: Parts, directory: str | Path) -> Path:
+    """Write a directory, all of it or nothing; raises SaveError where it cannot."""
+    target = Path(directory)
+    tensors, activations = _tensors(parts)
+    files = {
+        _WEIGHTS: save(tensors, {"accutune_layout": str(_LAYOUT)}),
+        _RESULT: _json(parts.result.to_dict()),
+        _PLAN: parts.plan.to_json(indent=1).encode(),
+    }
+    files[_CONFIG] = _json(_config(parts, activations, files))
+    try:
+        _write(files, target)
+    except OSError as error:
+        raise SaveError(
+            f"cannot save to {str(target)!r}: {error.strerror or error}. Choose a folder that can "
+            "be written, with room left on the disk"
+        ) from error
+    return target
+
+
+def load_parts(directory: str | Path, model: nn.Module) -> Parts:
+    """Read a saved directory into a copy of `model`, the FP32 architecture with any weights.
+
+    Raises SaveError for a missing, truncated or altered file, PlanError for another architecture.
+    """
+    source = Path(directory)
+    config = _read_json(source, _CONFIG)
+    if config.get("layout") != _LAYOUT:
+        raise SaveError(f"{source / _CONFIG}: layout {config.get('layout')!r}, this reads {_LAYOUT}")
+    contents = {name: _checked(source, name, config) for name in (_WEIGHTS, _PLAN, _RESULT)}
+    try:
+        tensors = load(contents[_WEIGHTS])
+    except SafetensorError as error:
+        raise SaveError(f"{source / _WEIGHTS} is damaged: {error}") from error
+    plan = Plan.from_json(contents[_PLAN].decode())
+    result = TuningResult.from_dict(json.loads(contents[_RESULT]))
+    folded = tuple(FoldedPair(**pair) for pair in config["folded"])
+    twin = copied(model)
+    prepare(twin, folded)
+    instrumented = InstrumentedModel(twin)
+    ops = {entry["name"]: _op(entry) for entry in config["ops"]}
+    _restore(instrumented, ops, plan, folded, tensors)
+    instrumented.install(ops, SavedRanges(config["activations"], tensors))
+    instrumented.apply(plan)
+    return Parts(instrumented, plan, folded, result)
+
+
+def read_result(directory: str | Path) -> TuningResult:
+    """Read the result of a saved directory; raises SaveError where it is damaged."""
+    source = Path(directory)
+    contents = _checked(source, _RESULT, _read_json(source, _CONFIG))
+    return TuningResult.from_dict(json.loads(contents))
+
+
+class SavedRanges:
+    """Quantization parameters of activations as they were saved."""
+
+    def __init__(self, order: list[Any], tensors: Mapping[str, Tensor]) -> None:
+        keys = [(str(op), int(index)) for op, index in order]
+        self._position = {key: position for position, key in enumerate(keys)}
+        self._scales = tensors.get(_SCALES, torch.empty(0))
+        self._zero_points = tensors.get(_ZERO_POINTS, torch.empty(0, dtype=torch.int32))
+
+    def qparams(self, op: str, operand: int, scheme: TensorScheme) -> QParams:
+        """Return the saved parameters of an operand."""
+        position = self._position.get((op, operand))
+        if position is None:
+            raise PlanError(f"{op}: no range was saved for operand {operand} (calibrate again)")
+        return QParams(self._scales[position], self._zero_points[position])
+
+
+def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
+    """Return all tensors to write, and the order of the activations' parameters."""
+    model = parts.model
+    needless = folded_names(model.model, parts.folded)
+    weights = _weight_schemes(model.ops, parts.plan)
+    packed_paths = {ref.path for ref, _ in weights.values()}
+    tensors = {
+        name: tensor.detach().contiguous().cpu().clone()
+        for name, tensor in named_storage(model.model).items()
+        if name not in needless and name not in packed_paths
+    }
+    for ref, scheme in weights.values():
+        packed = model.weights.packed(ref, scheme)
+        tensors.update(packed or _packed(ref, scheme, model.weights.original(ref)))
+    for path in packed_paths:
+        tensors.update(_float_rows(path, model, weights))
+    order, scales, zero_points = [], [], []
+    for name in parts.plan:
+        site = model.runtime.sites.get(name)
+        quantizers = [] if site is None else [*enumerate(site.inputs), (OUTPUT, site.output)]
+        for index, quantizer in quantizers:
+            if quantizer is not None and quantizer.qparams is not None:
+                order.append((name, index))
+                scales.append(float(quantizer.qparams.scale))
+                zero_points.append(int(quantizer.qparams.zero_point or 0))
+    if order:
+        tensors[_SCALES] = torch.tensor(scales, dtype=torch.float32)
+        tensors[_ZERO_POINTS] = torch.tensor(zero_points, dtype=torch.int32)
+    return tensors, order
+
+
+def _weight_schemes(
+    ops: Mapping[str, Op], plan: Mapping[str, OpConfig]
+) -> dict[Any, tuple[WeightRef, TensorScheme]]:
+    """Return every quantized weight once, tied ones under one key."""
+    found = {}
+    for name, config in plan.items():
+        if config.weight is not None and name in ops:
+            found.update({ref.key: (ref, config.weight) for ref in ops[name].weights})
+    return found
+
+
+def _stem(ref: WeightRef) -> str:
+    return ref.path if ref.rows is None else f"{ref.path}[{ref.rows[0]}:{ref.rows[1]}]"
+
+
+def _packed(ref: WeightRef, scheme: TensorScheme, weight: Tensor) -> dict[str, Tensor]:
+    weight = weight.detach().cpu()
+    qparams = compute_qparams(weight, scheme)
+    codes = quantize(weight, scheme, qparams)
+    tensors = {
+        f"{_stem(ref)}.codes": pack_codes(codes, scheme.bits),
+        f"{_stem(ref)}.scale": torch.as_tensor(qparams.scale, dtype=torch.float32).contiguous(),
+    }
+    if qparams.zero_point is not None:
+        zero_point = torch.as_tensor(qparams.zero_point, dtype=torch.int32)
+        tensors[f"{_stem(ref)}.zero_point"] = zero_point.contiguous()
+    return tensors
+
+
+def _packed_of(ref: WeightRef, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = [f"{_stem(ref)}.{part}" for part in ("codes", "scale", "zero_point")]
+    missing = [name for name in names[:2] if name not in tensors]
+    if missing:
+        raise SaveError(f"{_WEIGHTS} lacks {missing[0]!r}: it was not written with this plan")
+    return {name: tensors[name] for name in names if name in tensors}
+
+
+def _unpacked(
+    ref: WeightRef, scheme: TensorScheme, shape: tuple[int, ...], packed: Mapping[str, Tensor]
+) -> Tensor:
+    stem = _stem(ref)
+    signed = formats.get(scheme.format).signed
+    codes = unpack_codes(packed[f"{stem}.codes"], scheme.bits, signed, shape)
+    qparams = QParams(packed[f"{stem}.scale"], packed.get(f"{stem}.zero_point"))
+    return dequantize(codes, scheme, qparams)
+
+
+def _float_rows(
+    path: str, model: InstrumentedModel, weights: Mapping[Any, tuple[WeightRef, TensorScheme]]
+) -> dict[str, Tensor]:
+    """Return the runs of rows of a partly quantized parameter that stay float."""
+    taken = sorted(ref.rows for ref, _ in weights.values() if ref.path == path and ref.rows)
+    if not taken:
+        return {}
+    parameter = dict(model.model.named_parameters())[path]
+    edges = [0, *(edge for rows in taken for edge in rows), parameter.shape[0]]
+    gaps = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+    rows = {f"{path}[{a}:{b}]": parameter[a:b].detach().cpu().clone() for a, b in gaps}
+    return {name: tensor.contiguous() for name, tensor in rows.items()}
+
+
+@torch.no_grad()
+def _restore(
+    model: InstrumentedModel,
+    ops: Mapping[str, Op],
+    plan: Plan,
+    folded: tuple[FoldedPair, ...],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put the saved tensors on the model, after checking that they are for this architecture."""
+    storage = named_storage(model.model)
+    missing = [name for name in plan if name not in ops]
+    weights = _weight_schemes(ops, plan)
+    missing += [ref.path for ref, _ in weights.values() if ref.path not in storage]
+    if missing:
+        raise PlanError(
+            f"the saved plan speaks of {missing[0]!r}, which this model lacks: it is a plan for "
+            "another architecture"
+        )
+    covered = {ref.path for ref, _ in weights.values()} | folded_names(model.model, folded)
+    for name, target in storage.items():
+        if name not in covered:
+            _copy(name, target, tensors.get(name))
+    for name, tensor in tensors.items():
+        path, bracket, rows = name.partition("[")
+        if bracket and rows.endswith("]"):
+            start, stop = rows[:-1].split(":")
+            _copy(name, storage[path][int(start) : int(stop)], tensor)
+    for ref, scheme in weights.values():
+        target = storage[ref.path]
+        rows = slice(None) if ref.rows is None else slice(*ref.rows)
+        packed = _packed_of(ref, tensors)
+        value = _unpacked(ref, scheme, tuple(target[rows].shape), packed)
+        model.weights.adopt(ref, value, scheme, packed)
+
+
+def _copy(name: str, target: Tensor, value: Tensor | None) -> None:
+    if value is None or value.shape != target.shape:
+        found = "nothing" if value is None else f"shape {list(value.shape)}"
+        raise PlanError(
+            f"{name!r} has shape {list(target.shape)} in this model, and {found} was saved for "
+            "it: it is a plan for another architecture"
+        )
+    target.copy_(value)
+
+
+def _config(parts: Parts, activations: list[Any], files: Mapping[str, bytes]) -> dict[str, Any]:
+    best = parts.result.best
+    return {
+        "layout": _LAYOUT,
+        "versions": {"accutune": VERSION, "torch": torch.__version__},
+        "config": parts.result.config.model_dump(mode="json"),
+        "metrics": {"accuracy": best.accuracy, **best.metrics},
+        "costs": dict(best.costs),
+        "folded": [asdict(pair) for pair in parts.folded],
+        "ops": [asdict(op) for op in parts.model.ops.values()],
+        "activations": activations,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+
+
+def _op(entry: Mapping[str, Any]) -> Op:
+    weights = (
+        WeightRef(**{**ref, "rows": tuple(ref["rows"]) if ref["rows"] else None})
+        for ref in entry["weights"]
+    )
+    return Op(
+        **{
+            **entry,
+            "weights": tuple(weights),
+            "activations": tuple(entry["activations"]),
+            "products": tuple(Product(**product) for product in entry["products"]),
+            "input_shapes": tuple(tuple(shape) for shape in entry["input_shapes"]),
+            "output_shape": tuple(entry["output_shape"]),
+        }
+    )
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _write(files: Mapping[str, bytes], target: Path) -> None:
+    """Write all files beside the target first, then move them to it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for name, data in files.items():
+            (staged / name).write_bytes(data)
+        if not target.exists():
+            os.chmod(staged, 0o777 & ~_umask())
+            os.rename(staged, target)
+            return
+        for name in files:
+            os.replace(staged / name, target / name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _read(source: Path, name: str) -> bytes:
+    try:
+        return (source / name).read_bytes()
+    except OSError as error:
+        raise SaveError(
+            f"cannot read {str(source / name)!r}: {error.strerror}. Give a directory that "
+            "QuantizedModel.save() wrote"
+        ) from error
+
+
+def _read_json(source: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(_read(source, name))
+    except ValueError as error:
+        raise SaveError(f"{source / name} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise SaveError(f"{source / name} is damaged: it holds no JSON object")
+    return value
+
+
+def _checked(source: Path, name: str, config: Mapping[str, Any]) -> bytes:
+    """Read a file and hold it against the checksum in config.json."""
+    data = _read(source, name)
+    if hashlib.sha256(data).hexdigest() != config.get("sha256", {}).get(name):
+        raise SaveError(
+            f"{source / name} is truncated or altered: its checksum differs from the one in "
+            f"{_CONFIG}. Save the model again"
+        )
+    return data

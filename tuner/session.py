@@ -1,0 +1,228 @@
+"""The tuning loop: evaluate the baseline, let the strategy propose, apply, evaluate, record, stop."""
+
+import hashlib
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import strategies
+from strategies.base import Outcome, Proposal
+from strategies.replay import SearchRun
+from strategies.space import Assignment
+from tuner.config import TuningConfig
+from tuner.costs import named_storage
+from tuner.criteria import AccuracyGoal
+from tuner.errors import EvaluationError, PlanError, TuningCancelled
+from tuner.isolation import RandomState
+from tuner.plan import Plan
+from tuner.preparation import Prepared
+from tuner.progress import Progress
+from tuner.records import TrialRecord
+from tuner.results import StopReason
+from tuner.scores import Score, read_score
+from tuner.storage import StudyStore
+
+FAILURES_IN_A_ROW = 3
+EvalFunc = Callable[[Any], Any]
+Callback = Callable[[TrialRecord], object]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Calls the user's `eval_func` under equal conditions: eval mode, the same random state."""
+
+    eval_func: EvalFunc
+    metric: str | None
+    random_state: RandomState
+
+    def __call__(self, model: nn.Module) -> Score:
+        """Return the score of the model as it is."""
+        model.eval()
+        self.random_state.restore()
+        return read_score(self.eval_func(model), self.metric)
+
+
+def evaluate_baseline(
+    evaluate: Evaluator, model: nn.Module, costs: dict[str, float]
+) -> TrialRecord:
+    """Evaluate the FP32 model; what `eval_func` raises is raised as it is."""
+    started = time.perf_counter()
+    score = evaluate(model)
+    return TrialRecord(
+        number=0,
+        plan=Plan({}),
+        accuracy=score.accuracy,
+        metrics=score.metrics,
+        costs=costs,
+        meets_goal=None,
+        state="complete",
+        duration_s=time.perf_counter() - started,
+        reason="FP32 baseline",
+        scores=score.samples,
+    )
+
+
+def judged(record: TrialRecord, goal: AccuracyGoal, baseline: TrialRecord) -> TrialRecord:
+    """Judge a record, stored or new, by this goal; another metric may count than when it ran."""
+    if record.state != "complete":
+        return replace(record, meets_goal=False)
+    accuracy = _accuracy(record, goal)
+    return replace(record, accuracy=accuracy, meets_goal=_violation(record, goal, baseline) <= 0)
+
+
+def _accuracy(record: TrialRecord, goal: AccuracyGoal) -> float:
+    if goal.metric is None or not record.metrics:
+        assert record.accuracy is not None
+        return record.accuracy
+    if goal.metric not in record.metrics:
+        raise EvaluationError(
+            f"the goal's metric is {goal.metric!r}, but trial {record.number} has "
+            f"{', '.join(record.metrics)}: choose one of these, or another study_name"
+        )
+    return record.metrics[goal.metric]
+
+
+def _violation(record: TrialRecord, goal: AccuracyGoal, baseline: TrialRecord) -> float:
+    if record.state != "complete":
+        return float("inf")
+    return goal.violation(_accuracy(record, goal), _accuracy(baseline, goal))
+
+
+class Session:
+    """One search over a prepared model. `records` grows as trials end, stored ones first."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        config: TuningConfig,
+        evaluate: Evaluator,
+        store: StudyStore,
+        baseline: TrialRecord,
+        stored: Sequence[TrialRecord],
+        callbacks: Iterable[Callback],
+        progress: Progress,
+    ) -> None:
+        self.baseline = baseline
+        self.stored_s = sum(record.duration_s for record in stored)
+        self.records = [judged(record, config.goal, baseline) for record in stored]
+        self._prepared = prepared
+        self._config = config
+        self._evaluate = evaluate
+        self._store = store
+        self._callbacks = tuple(callbacks)
+        self._progress = progress
+
+    def run(self, deadline_s: float | None) -> StopReason:
+        """Search until the strategy is done or the budget is spent; `deadline_s` is monotonic."""
+        strategy = strategies.get(self._config.strategy)(self._prepared.space.space, self._config.seed)
+        search = SearchRun(strategy, self._known())
+        try:
+            while True:
+                if len(self.records) >= self._config.max_trials:
+                    return "max_trials"
+                if deadline_s is not None and time.monotonic() >= deadline_s:
+                    return "timeout"
+                proposal = search.next()
+                if proposal is None:
+                    return self._ended(strategy.exhaustive)
+                search.tell(self._trial(proposal))
+        except TuningCancelled:
+            return "cancelled"
+
+    @property
+    def best(self) -> TrialRecord:
+        """The cheapest record that meets the goal; where none does, the one that misses least."""
+        meeting = [r for r in (self.baseline, *self.records) if r.meets_goal]
+        if meeting:
+            return min(meeting, key=lambda record: (self._cost(record), record.number))
+        complete = [r for r in (self.baseline, *self.records) if r.state == "complete"]
+        return min(complete, key=lambda r: _violation(r, self._config.goal, self.baseline))
+
+    def _cost(self, record: TrialRecord) -> float:
+        space = self._prepared.space
+        return space.space.cost(space.assignment(record.plan))
+
+    def _ended(self, exhaustive: bool) -> StopReason:
+        quantized = self.best.meets_goal and self.best.number > 0
+        return "goal_met_and_minimal" if quantized and not exhaustive else "exhausted"
+
+    def _known(self) -> dict[Assignment, Outcome]:
+        known = {}
+        for record in self.records:
+            try:
+                assignment = self._prepared.space.assignment(record.plan)
+            except PlanError:  # of another version's space: it counts, but answers nothing
+                continue
+            known[assignment] = self._outcome(assignment, record)
+        return known
+
+    def _outcome(self, assignment: Assignment, record: TrialRecord) -> Outcome:
+        violation = _violation(record, self._config.goal, self.baseline)
+        return Outcome(assignment, self._prepared.space.space.cost(assignment), violation)
+
+    def _trial(self, proposal: Proposal) -> Outcome:
+        plan = self._prepared.space.plan(proposal.assignment)
+        record = judged(self._run_plan(plan, proposal.reason), self._config.goal, self.baseline)
+        self._store.add(record.number, record.to_dict())
+        self.records.append(record)
+        self._progress.trial(record, self.best, self.baseline)
+        for callback in self._callbacks:
+            callback(record)
+        self._refuse_only_failures()
+        return self._outcome(proposal.assignment, record)
+
+    def _run_plan(self, plan: Plan, reason: str) -> TrialRecord:
+        """Evaluate a plan; what `eval_func` raises becomes a failed record with its traceback."""
+        model = self._prepared.model
+        model.apply(plan)
+        started = time.perf_counter()
+        score, error = Score(float("nan")), None
+        try:
+            score = self._evaluate(model.model)
+        except TuningCancelled:
+            raise
+        except Exception:  # the user's eval_func may raise anything: it is this trial's failure
+            error = traceback.format_exc()
+        return TrialRecord(
+            number=len(self.records) + 1,
+            plan=plan,
+            accuracy=score.accuracy if error is None else None,
+            metrics=score.metrics,
+            costs=self._prepared.costs.costs(plan).to_dict(),
+            meets_goal=False,
+            state="complete" if error is None else "failed",
+            duration_s=time.perf_counter() - started,
+            reason=reason,
+            error=error,
+            scores=score.samples,
+        )
+
+    def _refuse_only_failures(self) -> None:
+        """Raise once three trials in a row have failed, with the first one's traceback."""
+        last = self.records[-FAILURES_IN_A_ROW:]
+        if len(last) == FAILURES_IN_A_ROW and all(r.state == "failed" for r in last):
+            raise_failures(last)
+
+
+def raise_failures(failed: Sequence[TrialRecord]) -> None:
+    """Raise an EvaluationError that carries the first traceback."""
+    first = failed[0]
+    raise EvaluationError(
+        f"eval_func failed on {len(failed)} quantized models in a row (it works on FP32). The "
+        f"first failure, in trial {first.number}:\n{first.error}"
+    )
+
+
+def model_signature(model: nn.Module) -> str:
+    """Return a short hash of the model's class, and of its tensors' names, types and values."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in named_storage(model).items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
