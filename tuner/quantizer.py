@@ -1,0 +1,76 @@
+"""A fake-quantizer for repeated use in a forward pass."""
+
+import torch
+from torch import Tensor
+
+from tuner.kernels import Grid, check_floats, snap
+from tuner.qparams import (
+    QParams,
+    check_scale,
+    compute_qparams,
+    fake_quantize_on,
+    grid_of,
+)
+from tuner.schemes import TensorScheme
+
+
+class Quantizer:
+    """Fake-quantize tensors by one scheme: `quantizer(x) == fake_quantize(x, scheme, qparams)`.
+
+    `qparams` is None where scale and zero point are taken from each tensor. A quantizer does not
+    change; build another for other parameters.
+    """
+
+    def __init__(self, scheme: TensorScheme, qparams: QParams | None = None) -> None:
+        if qparams is not None:
+            check_scale(qparams)
+        self.scheme = scheme
+        self.qparams = qparams
+        self._grids: dict[tuple[torch.device, torch.dtype], Grid] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        check_floats(x, "quantization")
+        # what follows is arithmetic on plain tensors: no function mode needs to see it
+        with torch._C.DisableTorchFunction():
+            grid = self._grid(x)
+            if x.requires_grad and torch.is_grad_enabled():
+                return fake_quantize_on(x, grid)
+            return snap(x, grid)
+
+    def describe(self) -> str:
+        """Return one line for people: 'int8 per-tensor affine, scale 0.0123, zero point 12'."""
+        scheme = self.scheme
+        kind = "symmetric" if scheme.symmetric else "affine"
+        text = f"{scheme.format} {_granularity(scheme)} {kind}"
+        if self.qparams is None:
+            return f"{text}, dynamic"
+        text += f", scale {_span(self.qparams.scale)}"
+        if self.qparams.zero_point is not None:
+            text += f", zero point {_span(self.qparams.zero_point)}"
+        return text
+
+    def __repr__(self) -> str:
+        return f"Quantizer({self.describe()})"
+
+    def _grid(self, x: Tensor) -> Grid:
+        if self.qparams is None:
+            return grid_of(self.scheme, compute_qparams(x, self.scheme), x)
+        key = x.device, x.dtype
+        grid = self._grids.get(key)
+        if grid is None:
+            grid = self._grids[key] = grid_of(self.scheme, self.qparams, x)
+        return grid
+
+
+def _granularity(scheme: TensorScheme) -> str:
+    return scheme.granularity.kind.replace("_", "-")
+
+
+def _span(value: Tensor | float) -> str:
+    """Format a number, or the smallest and the largest of many."""
+    if not isinstance(value, Tensor):
+        return f"{value:.4g}"
+    if value.numel() == 0:
+        return "of nothing"
+    low, high = value.min().item(), value.max().item()
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
