@@ -1,6 +1,7 @@
 """The `tuner` command. Other packages add commands by the entry-point group `tuner.commands`."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -163,7 +164,7 @@ def _function(target: str) -> Callable[[], Any]:
         raise TunerError(f"there is no module {name!r} here or on the path") from error
     found = getattr(module, function, None)
     if not callable(found):
-        names = [n for n in vars(module) if callable(getattr(module, n)) and n[0] != "_"]
+        names = sorted(n for n, value in vars(module).items() if inspect.isfunction(value))
         raise TunerError(f"{name!r} has no function {function!r}; it has {', '.join(names)}")
     return found  # type: ignore[no-any-return]
 
