@@ -9,7 +9,7 @@ TORCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 	-c constraints.txt
 SOURCES := tuner strategies server tests
 
@@ -41,6 +41,7 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python tests/bench/run.py
+	$(BIN)/python tests/bench/speed.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

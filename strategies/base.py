@@ -47,7 +47,7 @@ class Strategy(ABC):
     """
 
     exhaustive: ClassVar[bool] = False
-    """Whether it returns only once every plan was tried, so that its end says nothing of minimal."""
+    """Whether it returns only once every plan was tried: its end is no sign of a minimum."""
 
     def __init__(self, space: Space, seed: int = 0) -> None:
         self.space = space

@@ -1,4 +1,4 @@
-"""What a strategy may choose from: units in execution order, each with options, costs and damage."""
+"""What a strategy may choose from: units in execution order, their options, costs and damage."""
 
 import math
 from collections.abc import Sequence

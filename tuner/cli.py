@@ -40,7 +40,9 @@ BAD_INPUT = 2
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
     """Find the cheapest quantized model that still meets your accuracy goal."""
     if version:
         _out.print(VERSION)
@@ -56,7 +58,7 @@ def demo(
     goal: Annotated[str, typer.Option(help="The drop that is allowed: 1% or 0.01.")] = "1%",
     out: Annotated[Path, typer.Option(help="Where the result is saved.")] = Path("output/demo"),
 ) -> None:
-    """Tune a CNN trained on handwritten digits, show every trial, save the result, load it again."""
+    """Tune a CNN trained on handwritten digits; save the result and load it again."""
     _out.print(f"[bold]Recipe {recipe}[/]: training, or loading the weights of the last time …")
     task = recipes.get(recipe).task()
     _out.print(task.description)
@@ -74,10 +76,18 @@ def demo(
 
 @app.command()
 def fit(
-    target: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help=(
-        "A function that takes nothing and returns (model, calib_dataloader, eval_func)."
-    ))],
-    goal: Annotated[str, typer.Option(help="The drop that is allowed: 1% of FP32, or 0.01.")] = "1%",
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help=(
+                "A function that takes nothing and returns (model, calib_dataloader, eval_func)."
+            ),
+        ),
+    ],
+    goal: Annotated[
+        str, typer.Option(help="The drop that is allowed: 1% of FP32, or 0.01.")
+    ] = "1%",
     at_least: Annotated[float | None, typer.Option(help="The metric that must be kept.")] = None,
     lower_is_better: Annotated[bool, typer.Option(help="For losses and errors.")] = False,
     metric: Annotated[str | None, typer.Option(help="Which of several metrics counts.")] = None,
@@ -90,7 +100,9 @@ def fit(
     timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None,
     calib_samples: Annotated[int | None, typer.Option(help="Calibration samples to read.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    storage: Annotated[str | None, typer.Option(help="sqlite:///tuning.db or postgresql://…")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="sqlite:///tuning.db or postgresql://…")
+    ] = None,
     study_name: Annotated[str | None, typer.Option(help="Resumes the study of this name.")] = None,
     out: Annotated[Path | None, typer.Option(help="Save the quantized model here.")] = None,
 ) -> None:
@@ -106,9 +118,7 @@ def fit(
         seed=seed,
     )
     model, loader, eval_func = _parts(_function(target)())
-    tuned = fit_model(
-        model, loader, eval_func, config, storage=storage, study_name=study_name
-    )
+    tuned = fit_model(model, loader, eval_func, config, storage=storage, study_name=study_name)
     _show(tuned.result)
     if out is not None:
         _save(tuned, out)
@@ -154,7 +164,9 @@ def parse_goal(
 def _function(target: str) -> Callable[[], Any]:
     name, colon, function = target.partition(":")
     if not colon:
-        raise TunerError(f"{target!r} names no function: give MODULE:FUNCTION, such as mymodel:task")
+        raise TunerError(
+            f"{target!r} names no function: give MODULE:FUNCTION, such as mymodel:task"
+        )
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(name)
@@ -195,7 +207,14 @@ def _trial_table(result: TuningResult) -> Table:
         ratios = (result.cost_ratio(record, cost) for cost in ("bops", "size_bytes"))
         shares = ("" if ratio is None else f"{ratio:.2%}" for ratio in ratios)
         style = "bold" if record == result.best else ""
-        row = (str(record.number), accuracy, mark, *shares, f"{record.duration_s:.2f}", record.reason)
+        row = (
+            str(record.number),
+            accuracy,
+            mark,
+            *shares,
+            f"{record.duration_s:.2f}",
+            record.reason,
+        )
         table.add_row(*row, style=style)
     return table
 

@@ -1,7 +1,7 @@
 """The library's one error tree: everything raised on purpose derives from TunerError."""
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class TunerError(Exception):

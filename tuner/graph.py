@@ -1,4 +1,4 @@
-"""The op graph of one forward, recorded by running the model: no tracing, any Python control flow."""
+"""The op graph of one forward, recorded by running the model: nothing is traced."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -205,7 +205,7 @@ class MacCounter(TorchDispatchMode):
     """Counts the MACs of calls that are no ops, under the recorder's current label."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

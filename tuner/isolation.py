@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.errors import ModelError
 
@@ -37,23 +37,23 @@ class RandomState:
 
     python: Any
     numpy: Any
-    torch: torch.Tensor
-    cuda: tuple[torch.Tensor, ...]
+    torch_cpu: Tensor
+    torch_cuda: tuple[Tensor, ...]
 
     @classmethod
     def now(cls) -> "RandomState":
         """Return the current state."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        numpy = np.random.get_state()  # noqa: NPY002
+        numpy = np.random.get_state()
         return cls(random.getstate(), numpy, torch.get_rng_state(), tuple(cuda))
 
     def restore(self) -> None:
         """Set the generators back to this state."""
         random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
-        torch.set_rng_state(self.torch)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch_cpu)
+        if self.torch_cuda:
+            torch.cuda.set_rng_state_all(list(self.torch_cuda))
 
 
 @contextmanager

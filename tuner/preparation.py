@@ -1,4 +1,4 @@
-"""Everything before the first trial: record, fold, calibrate once, predict damage, build the space."""
+"""Before the first trial: record, fold, calibrate once, predict damage, build the space."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -90,12 +90,16 @@ def _per_group(op: Op, bits: int, shapes: dict[str, tuple[int, ...]]) -> TensorS
     axis = 1 - ref.axis if op.type.startswith("Conv") else (-1 if ref.axis == 0 else 0)
     length = shape[axis]
     size = next((s for s in GROUP_SIZES if length % s == 0), GROUP_SIZES[-1])
-    return TensorScheme(format=f"int{bits}", granularity=PerGroup(size, axis), calibration=_weight_method(bits))
+    return TensorScheme(
+        format=f"int{bits}", granularity=PerGroup(size, axis), calibration=_weight_method(bits)
+    )
 
 
 def _per_channel(op: Op, bits: int) -> TensorScheme:
     axis = op.weights[0].axis
-    return TensorScheme(format=f"int{bits}", granularity=PerChannel(axis), calibration=_weight_method(bits))
+    return TensorScheme(
+        format=f"int{bits}", granularity=PerChannel(axis), calibration=_weight_method(bits)
+    )
 
 
 def _weight_method(bits: int) -> CalibrationMethod:

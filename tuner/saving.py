@@ -1,4 +1,4 @@
-"""A quantized model on disk: plan.json, weights.safetensors, config.json, result.json; no pickle."""
+"""A quantized model on disk: plan, packed weights, configuration and result; no pickle."""
 
 import hashlib
 import json
@@ -73,7 +73,9 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
     source = Path(directory)
     config = _read_json(source, _CONFIG)
     if config.get("layout") != _LAYOUT:
-        raise SaveError(f"{source / _CONFIG}: layout {config.get('layout')!r}, this reads {_LAYOUT}")
+        raise SaveError(
+            f"{source / _CONFIG}: layout {config.get('layout')!r}, this reads {_LAYOUT}"
+        )
     contents = {name: _checked(source, name, config) for name in (_WEIGHTS, _PLAN, _RESULT)}
     try:
         tensors = load(contents[_WEIGHTS])
@@ -237,9 +239,9 @@ def _restore(
             _copy(name, storage[path][int(start) : int(stop)], tensor)
     for ref, scheme in weights.values():
         target = storage[ref.path]
-        rows = slice(None) if ref.rows is None else slice(*ref.rows)
+        part = slice(None) if ref.rows is None else slice(*ref.rows)
         packed = _packed_of(ref, tensors)
-        value = _unpacked(ref, scheme, tuple(target[rows].shape), packed)
+        value = _unpacked(ref, scheme, tuple(target[part].shape), packed)
         model.weights.adopt(ref, value, scheme, packed)
 
 

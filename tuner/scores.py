@@ -38,9 +38,7 @@ def read_score(value: Any, metric: str | None) -> Score:
         return Score(_finite(number))
     samples = _samples(value)
     if samples is None:
-        raise EvaluationError(
-            f"eval_func returned {_shown(value)}: it must return {_ALLOWED}"
-        )
+        raise EvaluationError(f"eval_func returned {_shown(value)}: it must return {_ALLOWED}")
     if not len(samples):
         raise EvaluationError("eval_func returned an empty array: it scored no sample")
     return Score(_finite(float(samples.mean())), {}, tuple(samples.tolist()))

@@ -117,7 +117,7 @@ class SensitivityAnalysis:
 
     def _backward(self, loss: Tensor) -> None:
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         except RuntimeError as error:
             _log.warning(
                 "no gradients can be had (%s): predicted damage falls back to output errors",

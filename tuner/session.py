@@ -1,4 +1,4 @@
-"""The tuning loop: evaluate the baseline, let the strategy propose, apply, evaluate, record, stop."""
+"""The tuning loop: the strategy proposes, the plan is applied, evaluated and recorded."""
 
 import hashlib
 import time
@@ -119,16 +119,20 @@ class Session:
 
     def run(self, deadline_s: float | None) -> StopReason:
         """Search until the strategy is done or the budget is spent; `deadline_s` is monotonic."""
-        strategy = strategies.get(self._config.strategy)(self._prepared.space.space, self._config.seed)
+        strategy = strategies.get(self._config.strategy)(
+            self._prepared.space.space, self._config.seed
+        )
         search = SearchRun(strategy, self._known())
         try:
             while True:
                 if len(self.records) >= self._config.max_trials:
+                    self._refuse_failures(self.records)
                     return "max_trials"
                 if deadline_s is not None and time.monotonic() >= deadline_s:
                     return "timeout"
                 proposal = search.next()
                 if proposal is None:
+                    self._refuse_failures(self.records)
                     return self._ended(strategy.exhaustive)
                 search.tell(self._trial(proposal))
         except TuningCancelled:
@@ -173,7 +177,8 @@ class Session:
         self._progress.trial(record, self.best, self.baseline)
         for callback in self._callbacks:
             callback(record)
-        self._refuse_only_failures()
+        if len(self.records) >= FAILURES_IN_A_ROW:
+            self._refuse_failures(self.records[-FAILURES_IN_A_ROW:])
         return self._outcome(proposal.assignment, record)
 
     def _run_plan(self, plan: Plan, reason: str) -> TrialRecord:
@@ -202,20 +207,14 @@ class Session:
             scores=score.samples,
         )
 
-    def _refuse_only_failures(self) -> None:
-        """Raise once three trials in a row have failed, with the first one's traceback."""
-        last = self.records[-FAILURES_IN_A_ROW:]
-        if len(last) == FAILURES_IN_A_ROW and all(r.state == "failed" for r in last):
-            raise_failures(last)
-
-
-def raise_failures(failed: Sequence[TrialRecord]) -> None:
-    """Raise an EvaluationError that carries the first traceback."""
-    first = failed[0]
-    raise EvaluationError(
-        f"eval_func failed on {len(failed)} quantized models in a row (it works on FP32). The "
-        f"first failure, in trial {first.number}:\n{first.error}"
-    )
+    def _refuse_failures(self, records: Sequence[TrialRecord]) -> None:
+        """Raise with the first traceback where all of these trials failed."""
+        if records and all(record.state == "failed" for record in records):
+            first = records[0]
+            raise EvaluationError(
+                f"eval_func failed on {len(records)} quantized models in a row, though it works "
+                f"on FP32. The first failure, in trial {first.number}:\n{first.error}"
+            )
 
 
 def model_signature(model: nn.Module) -> str:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from tuner.ops import FUNCTIONS, Family, Operand, multihead_attention
 from tuner.quantizer import Quantizer
+from tuner.subclasses import set_class, subclassed
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class _AttentionMixin(_Swapped):
 _MIXINS: dict[str, type[_Swapped]] = {
     mixin._tuner_kind: mixin for mixin in (_OpMixin, _ScopeMixin, _AttentionMixin)
 }
-_classes: dict[tuple[str, type], type] = {}
+_classes: dict[tuple[str, type], type[nn.Module]] = {}
 
 
 def swap(
@@ -218,21 +219,18 @@ def swap(
     unswap(module)
     base = type(module)
     if (kind, base) not in _classes:
-        names = {"_tuner_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-        swapped = type(base)(base.__name__, (_MIXINS[kind], base), names)
-        swapped.__qualname__ = base.__qualname__
-        _classes[kind, base] = swapped
+        _classes[kind, base] = subclassed(base, {"_tuner_base": base}, _MIXINS[kind])
     state = {"_tuner_runtime": runtime, "_tuner_path": path, "_tuner_family": family}
     if "forward" in module.__dict__:
         state["_tuner_forward"] = module.__dict__.pop("forward")
     module.__dict__.update(state)
-    module.__class__ = _classes[kind, base]
+    set_class(module, _classes[kind, base])
 
 
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back."""
     if isinstance(module, _Swapped):
-        module.__class__ = type(module)._tuner_base
+        set_class(module, type(module)._tuner_base)
         for name in ("_tuner_runtime", "_tuner_path", "_tuner_family"):
             module.__dict__.pop(name, None)
         if "_tuner_forward" in module.__dict__:

@@ -1,4 +1,4 @@
-"""Quantized weights on a model: swapped in by storage, kept per (weight, scheme), taken off again."""
+"""Quantized weights on a model: swapped in by storage, kept per (weight, scheme)."""
 
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tuner.nets import Attention, ConvNet, Recurrent, Tied, inputs_for, seeded
 from torch import nn
 
+from tests.tuner.nets import Attention, ConvNet, Recurrent, Tied, inputs_for, seeded
 from tuner.costs import CostModel
 from tuner.granularity import PerChannel, PerGroup
 from tuner.model import InstrumentedModel
@@ -57,7 +57,9 @@ def test_recurrent_products_inside_stay_float() -> None:
 def test_activation_products_multiply_their_own_widths() -> None:
     model = cost_model(seeded(Attention))
     macs = 4 * 7 * 7 * 4
-    saved = model.costs({}).bops - model.costs({"attention/matmul:1": OpConfig(inputs=(A8, A6))}).bops
+    saved = (
+        model.costs({}).bops - model.costs({"attention/matmul:1": OpConfig(inputs=(A8, A6))}).bops
+    )
     assert saved == macs * (1024 - 48)
 
 
@@ -65,9 +67,7 @@ def test_activation_products_multiply_their_own_widths() -> None:
 def test_ragged_groups(size: int, scales: int) -> None:
     model = cost_model(seeded(ConvNet))
     grouped = TensorScheme(format="int4", granularity=PerGroup(size, 1))
-    saved = (
-        model.costs({}).size_bytes - model.costs({"head": OpConfig(weight=grouped)}).size_bytes
-    )
+    saved = model.costs({}).size_bytes - model.costs({"head": OpConfig(weight=grouped)}).size_bytes
     assert saved == 40 * 4 - (20 + 5 * scales * 4)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tuner.nets import ConvNet, Transposed, inputs_for, seeded
 from torch import nn
 
+from tests.tuner.nets import ConvNet, Transposed, inputs_for, seeded
 from tuner.model import InstrumentedModel
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
 

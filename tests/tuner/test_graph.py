@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
 from tests.tuner.nets import (
     ALL,
     Attention,
@@ -15,9 +18,6 @@ from tests.tuner.nets import (
     main_output,
     seeded,
 )
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
 

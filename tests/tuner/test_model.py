@@ -4,10 +4,19 @@ import copy
 
 import pytest
 import torch
-from tests.tuner.nets import ALL, Attention, ConvNet, Encoder, Functional, Tied
-from tests.tuner.nets import inputs_for, main_output, seeded
 from torch import nn
 
+from tests.tuner.nets import (
+    ALL,
+    Attention,
+    ConvNet,
+    Encoder,
+    Functional,
+    Tied,
+    inputs_for,
+    main_output,
+    seeded,
+)
 from tuner.errors import PlanError
 from tuner.granularity import PerChannel
 from tuner.model import InstrumentedModel
@@ -142,7 +151,7 @@ def test_switching_touches_only_what_differs_and_quantizes_once() -> None:
 
 def test_tied_weights_keep_one_storage() -> None:
     net = seeded(Tied)
-    model, x = instrumented(net)
+    model, _ = instrumented(net)
     config = {"embed": full(model.ops["embed"], W4), "head": full(model.ops["head"], W4)}
     model.apply(config)
     assert net.head.weight is net.embed.weight

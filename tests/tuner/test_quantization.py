@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tuner.nets import Branching, ConvNet, Tied, inputs_for, seeded
 from torch import Tensor, nn
 
+from tests.tuner.nets import Branching, ConvNet, Tied, inputs_for, seeded
 from tuner import (
     AccuracyGoal,
     CalibrationWarning,
@@ -133,9 +133,7 @@ def test_goals_of_every_sign(
 def test_metrics_and_per_sample_scores(net: nn.Module) -> None:
     eval_func = agreement(net)
     config = TuningConfig(goal=AccuracyGoal(metric="acc"))
-    best = fit(
-        net, eval_func=lambda m: {"acc": eval_func(m), "size": 3}, config=config
-    ).result.best
+    best = fit(net, eval_func=lambda m: {"acc": eval_func(m), "size": 3}, config=config).result.best
     assert best.metrics == {"acc": best.accuracy, "size": 3.0}
     labels = net(X).argmax(-1)
     best = fit(net, eval_func=lambda m: m(X).argmax(-1) == labels).result.best
@@ -156,9 +154,7 @@ def test_without_eval_func(net: nn.Module) -> None:
 @pytest.mark.parametrize("strategy", ["auto", "basic", "random", "tpe"])
 @pytest.mark.parametrize("objective", ["bops", "size"])
 def test_every_strategy_and_objective(net: nn.Module, strategy: str, objective: str) -> None:
-    config = TuningConfig(
-        space="mixed-int", strategy=strategy, objective=objective, max_trials=8
-    )
+    config = TuningConfig(space="mixed-int", strategy=strategy, objective=objective, max_trials=8)
     result = fit(net, config=config).result
     assert result.goal_met
     assert len({t.plan for t in result.trials}) == len(result.trials)

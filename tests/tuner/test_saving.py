@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tuner.nets import ALL, Attention, ConvNet, inputs_for, main_output, seeded
 from torch import nn
 
+from tests.tuner.nets import ALL, Attention, ConvNet, inputs_for, main_output, seeded
 from tuner import Plan, QuantizedModel, TuningConfig, quantization
 from tuner.errors import PlanError, SaveError, TunerError
 
@@ -125,7 +125,7 @@ def test_damaged_directory(name: str, damage: str, tmp_path: Path) -> None:
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
-    with pytest.raises(SaveError, match="QuantizedModel.save"):
+    with pytest.raises(SaveError, match=r"QuantizedModel.save"):
         quantization.load(tmp_path / "none", ConvNet())
 
 

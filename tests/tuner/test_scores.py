@@ -10,7 +10,14 @@ from tuner.scores import read_score
 
 @pytest.mark.parametrize(
     "value",
-    [0.5, np.float32(0.5), np.float64(0.5), torch.tensor(0.5), np.array(0.5), torch.tensor(0.5).half()],
+    [
+        0.5,
+        np.float32(0.5),
+        np.float64(0.5),
+        torch.tensor(0.5),
+        np.array(0.5),
+        torch.tensor(0.5).half(),
+    ],
 )
 def test_numbers(value: object) -> None:
     assert read_score(value, None).accuracy == 0.5
@@ -21,7 +28,9 @@ def test_integers(value: object) -> None:
     assert read_score(value, None).accuracy == 1.0
 
 
-@pytest.mark.parametrize("value", [[0, 1], (0.0, 1.0), np.array([0, 1]), torch.tensor([False, True])])
+@pytest.mark.parametrize(
+    "value", [[0, 1], (0.0, 1.0), np.array([0, 1]), torch.tensor([False, True])]
+)
 def test_per_sample_scores(value: object) -> None:
     score = read_score(value, None)
     assert score.accuracy == 0.5

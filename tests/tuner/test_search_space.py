@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from tests.tuner.nets import Attention, ConvNet, Functional, Recurrent, Tied, Transposed
-from tests.tuner.nets import inputs_for, seeded
 from torch import nn
 
+from tests.tuner.nets import (
+    Attention,
+    ConvNet,
+    Functional,
+    Recurrent,
+    Tied,
+    Transposed,
+    inputs_for,
+    seeded,
+)
 from tuner.config import Rule, SearchSpace, TuningConfig
 from tuner.errors import SpaceError, UnsupportedError
 from tuner.granularity import PerChannel, PerGroup, PerTensor

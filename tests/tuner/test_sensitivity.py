@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tests.tuner.nets import ALL, Attention, ConvNet, Functional, inputs_for, main_output, seeded
 from torch import nn
 
+from tests.tuner.nets import ALL, Attention, ConvNet, Functional, inputs_for, main_output, seeded
 from tuner.config import TuningConfig
 from tuner.preparation import Preparation, Prepared
 from tuner.progress import Progress

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tuner.errors import PlanError
 from tuner.graph import Node, OpGraph
+from tuner.subclasses import set_class, subclassed
 
 _FOLDABLE = (
     nn.Linear,
@@ -115,7 +116,7 @@ def prepare(model: nn.Module, pairs: Iterable[FoldedPair]) -> None:
         if layer.bias is None:
             zeros = layer.weight.new_zeros(norm.num_features)
             layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
-        norm.__class__ = _folded_class(type(norm))
+        set_class(norm, _folded_class(type(norm)))
         norm.__dict__["folded_into"] = pair.layer
 
 
@@ -131,7 +132,8 @@ def folded_names(model: nn.Module, pairs: Iterable[FoldedPair]) -> set[str]:
 
 def _folded(layer: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor) and norm.running_mean is not None
+    assert isinstance(weight, Tensor)
+    assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -154,7 +156,7 @@ def _on_output_channels(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tens
     return (grouped * per_group).view_as(weight)
 
 
-_folded_classes: dict[type, type] = {}
+_folded_classes: dict[type, type[nn.Module]] = {}
 
 
 def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -166,8 +168,6 @@ def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
         def extra_repr(self: Any) -> str:
             return f"folded into {self.folded_into}"
 
-        body = {"forward": forward, "extra_repr": extra_repr, "__module__": base.__module__}
-        folded = type(base)(base.__name__, (base,), body)
-        folded.__qualname__ = base.__qualname__
-        _folded_classes[base] = folded
+        body = {"forward": forward, "extra_repr": extra_repr}
+        _folded_classes[base] = subclassed(base, body)
     return _folded_classes[base]

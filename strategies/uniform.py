@@ -1,0 +1,110 @@
+"""Uniform plans: the same kind of choice for every unit."""
+
+import re
+from dataclasses import dataclass
+
+from strategies.space import Assignment, Option, Space, Unit
+
+_LABEL = re.compile(r"(?:W(\d+))?(?:A(\d+))?")
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The widths that a label names; None for an operand that it does not mention."""
+
+    weight: int | None
+    inputs: int | None
+
+
+@dataclass(frozen=True)
+class UniformPlan:
+    """The plan in which every unit takes `label`, or what it has closest to it."""
+
+    label: str
+    assignment: Assignment
+    cost: float
+    damage: float
+
+
+def parse_label(label: str) -> Bits:
+    """Read "W4A8", "W8" or "A8"; any other label names no widths."""
+    match = _LABEL.fullmatch(label)
+    weight, inputs = match.groups() if match else (None, None)
+    return Bits(int(weight) if weight else None, int(inputs) if inputs else None)
+
+
+def closest(unit: Unit, label: str) -> int:
+    """Return the option of `unit` that is closest to `label`.
+
+    First the label itself; then the fewest bits that are nowhere below the label's; then float;
+    then whatever does the least damage. An operand that one of the two labels does not mention is
+    not compared, so that a weight-only unit takes "W4" and a matmul takes "A8" for "W4A8"; where
+    the label leaves an operand open, the option with the most bits there is taken.
+    """
+    indices = range(len(unit.options))
+    same = [i for i in indices if unit.options[i].label == label]
+    if same:
+        return min(same, key=lambda i: unit.options[i].damage)
+    wanted = parse_label(label)
+    fits = [i for i in indices if _excess(parse_label(unit.options[i].label), wanted) is not None]
+    if fits:
+        return min(fits, key=lambda i: _distance(unit.options[i], wanted))
+    return least_damaging(unit)
+
+
+def least_damaging(unit: Unit) -> int:
+    """Return float where the unit may stay float, else the option with the least damage."""
+    return min(
+        range(len(unit.options)),
+        key=lambda i: (not unit.options[i].is_float, unit.options[i].damage, unit.options[i].cost),
+    )
+
+
+def safest(space: Space) -> Assignment:
+    """Return the plan in which every unit takes its least damaging option (float where it may)."""
+    return tuple(least_damaging(unit) for unit in space.units)
+
+
+def cheapest(space: Space) -> Assignment:
+    """Return the cheapest possible plan; of equally cheap options the least damaging."""
+    return tuple(_cheapest(unit.options) for unit in space.units)
+
+
+def uniform_plans(space: Space) -> tuple[UniformPlan, ...]:
+    """Return one plan for each label, most predicted damage first, without the all-float plan.
+
+    Labels that give the same plan are one plan, under the label that most units have.
+    """
+    held = {n: sum(unit.index_of(n) is not None for unit in space.units) for n in space.labels}
+    plans: dict[Assignment, UniformPlan] = {}
+    for label in sorted(space.labels, key=lambda n: -held[n]):
+        chosen = tuple(closest(unit, label) for unit in space.units)
+        plan = UniformPlan(label, chosen, space.cost(chosen), space.damage(chosen))
+        plans.setdefault(chosen, plan)
+    return tuple(sorted(plans.values(), key=lambda p: (-p.damage, p.cost)))
+
+
+def frontier(plans: tuple[UniformPlan, ...]) -> tuple[UniformPlan, ...]:
+    """Keep the plans that no other plan beats in both cost and predicted damage, in order."""
+    kept: list[UniformPlan] = []
+    for plan in reversed(plans):
+        if not kept or plan.cost < kept[-1].cost:
+            kept.append(plan)
+    return tuple(reversed(kept))
+
+
+def _distance(option: Option, wanted: Bits) -> tuple[int, int, float]:
+    """Order options that fit: few bits too many, then many where nothing is asked, then harm."""
+    have = parse_label(option.label)
+    return _excess(have, wanted) or 0, -(have.weight or 0) - (have.inputs or 0), option.damage
+
+
+def _cheapest(options: tuple[Option, ...]) -> int:
+    return min(range(len(options)), key=lambda i: (options[i].cost, options[i].damage))
+
+
+def _excess(have: Bits, want: Bits) -> int | None:
+    """Return the bits beyond what is wanted; None where fewer, or where nothing compares."""
+    pairs = [(have.weight, want.weight), (have.inputs, want.inputs)]
+    extra = [h - w for h, w in pairs if h is not None and w is not None]
+    return sum(extra) if extra and min(extra) >= 0 else None

@@ -1,0 +1,140 @@
+"""The raw lines of the benchmark as tables in Markdown."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RUNS = HERE / "raw" / "runs"
+SPEED = HERE / "raw" / "speed"
+RESULTS = HERE / "RESULTS.md"
+
+Row = Mapping[str, Any]
+_RUN_KEY = ("model", "space", "strategy", "seed")
+
+_INTRODUCTION = """\
+# Benchmark
+
+`make bench` tunes models that were trained on real data and writes this page from the raw lines in
+`raw/`, which hold every trial. Of several runs of the same kind the newest counts. Evaluations do
+not count the baseline's own.
+"""
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("model", lambda r: r["model"]),
+    ("space", lambda r: r["space"]),
+    ("strategy", lambda r: r["strategy"]),
+    ("trials allowed", lambda r: str(r["max_trials"])),
+    ("evaluations", lambda r: str(r["evaluations"])),
+    ("first that passed", lambda r: "–" if r["first_pass"] is None else str(r["first_pass"])),
+    ("returned trial", lambda r: str(r["best_trial"])),
+    ("BOPs", lambda r: f"{r['bops_ratio']:.2%}"),
+    ("BOPs, Linear and Conv2d", lambda r: f"{r['layer_bops_ratio']:.2%}"),
+    ("size", lambda r: f"{r['size_ratio']:.1%}"),
+    ("accuracy", lambda r: f"{r['accuracy']:.4f}"),
+    ("ops quantized", lambda r: f"{r['quantized_ops']} of {r['ops']}"),
+    ("wall s", lambda r: f"{r['wall_s']:.1f}"),
+    ("outside eval_func", lambda r: f"{r['outside_s'] / r['wall_s']:.0%}"),
+    ("the same in FP32 evaluations", lambda r: f"{r['outside_s'] / r['baseline_eval_s']:.1f}"),
+    ("ρ of damage", lambda r: _rho(r["damage_correlation"])),
+    ("stopped", lambda r: r["stop_reason"]),
+)
+_TASK_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("model", lambda r: r["model"]),
+    ("evaluation set", lambda r: r["task"]),
+    ("metric", lambda r: r["metric"]),
+    ("FP32", lambda r: f"{r['baseline']:.4f}"),
+    ("one FP32 evaluation, s", lambda r: f"{r['baseline_eval_s']:.2f}"),
+)
+_SPEED_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("model", lambda r: r["model"]),
+    ("FP32 evaluation, s", lambda r: f"{r['float_s']:.3f}"),
+    ("int8 ÷ FP32", lambda r: f"{r['int8_s'] / r['float_s']:.2f}"),
+    ("switch ÷ FP32, first", lambda r: f"{r['cold_switch_s'] / r['float_s']:.1%}"),
+    ("switch ÷ FP32, later", lambda r: f"{r['switch_s'] / r['float_s']:.1%}"),
+    ("repeats", lambda r: str(r["repeats"])),
+)
+_SPEED_INTRODUCTION = """\
+Interleaved medians. A switch goes from all-int8 to a plan that differs in every op with a weight;
+the first one quantizes the weights, a later one finds them in the cache.
+"""
+_NOTES = """\
+- **BOPs** and **size** are ratios to FP32 of the plan that was returned. BOPs count every MAC of
+  the model; the next column counts those of Linear and Conv2d only.
+- **first that passed**: the first trial that met the goal; **returned trial**: the cheapest one.
+- **outside eval_func**: the share of the wall time of `fit` that was not spent in `eval_func`.
+- **ρ of damage**: Spearman's rank correlation of the predicted damage with the measured accuracy
+  drop, over the trials of that run.
+"""
+
+
+def append(row: Row, folder: Path) -> None:
+    """Add a raw line to the file of its model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{row['model']}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def render() -> None:
+    """Write RESULTS.md from all raw lines."""
+    rows = _newest(_read(RUNS), _RUN_KEY)
+    speeds = _newest(_read(SPEED), ("model",))
+    tasks = {row["model"]: row for row in rows}
+    parts = [
+        _INTRODUCTION,
+        "## Models\n",
+        _table(_TASK_COLUMNS, tasks.values()),
+        "## Runs\n",
+        _goals(rows),
+        _table(_COLUMNS, rows),
+        _NOTES,
+        "## Speed of simulated int8\n",
+        _SPEED_INTRODUCTION,
+        _table(_SPEED_COLUMNS, speeds),
+        "## Machine\n",
+        _machines([*rows, *speeds]),
+    ]
+    RESULTS.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _read(folder: Path) -> list[Row]:
+    files = sorted(folder.glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+def _newest(rows: Iterable[Row], keys: tuple[str, ...]) -> list[Row]:
+    newest = {tuple(row[key] for key in keys): row for row in rows}
+    return [newest[key] for key in sorted(newest)]
+
+
+def _table(columns: Iterable[tuple[str, Callable[[Row], str]]], rows: Iterable[Row]) -> str:
+    columns = tuple(columns)
+    lines = [[title for title, _ in columns], ["---"] * len(columns)]
+    lines += [[cell(row) for _, cell in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _goals(rows: Iterable[Row]) -> str:
+    goals = sorted({(row["max_drop"], row["seed"]) for row in rows})
+    return "".join(
+        f"Goal: at most {drop:.1%} below FP32 (relative). Seed: {seed}.\n" for drop, seed in goals
+    )
+
+
+def _machines(rows: Iterable[Row]) -> str:
+    kinds = sorted(
+        {
+            "{processor}, {cores} cores, {threads} threads, Python {python}, torch {torch}".format(
+                **row["machine"]
+            )
+            for row in rows
+        }
+    )
+    loads = [row["machine"]["load_1min"] for row in rows] or [0.0]
+    shared = f"- load average at the start of a run: {min(loads)} to {max(loads)}\n"
+    return "".join(f"- {kind}\n" for kind in kinds) + shared
+
+
+def _rho(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
