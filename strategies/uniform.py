@@ -15,6 +15,11 @@ class Bits:
     weight: int | None
     inputs: int | None
 
+    @property
+    def operands(self) -> int:
+        """How many operands are named, 0 to 2."""
+        return (self.weight is not None) + (self.inputs is not None)
+
 
 @dataclass(frozen=True)
 class UniformPlan:
@@ -73,15 +78,28 @@ def cheapest(space: Space) -> Assignment:
 def uniform_plans(space: Space) -> tuple[UniformPlan, ...]:
     """Return one plan for each label, most predicted damage first, without the all-float plan.
 
-    Labels that give the same plan are one plan, under the label that most units have.
+    A label that names one operand ("A8", "W8") makes a plan of its own only where a unit could have
+    named both, or where no unit can. Labels that give the same plan are one plan, under the label that most units have.
     """
-    held = {n: sum(unit.index_of(n) is not None for unit in space.units) for n in space.labels}
+    labels = [name for name in space.labels if _is_choice(space, name)]
+    held = {n: sum(unit.index_of(n) is not None for unit in space.units) for n in labels}
     plans: dict[Assignment, UniformPlan] = {}
-    for label in sorted(space.labels, key=lambda n: -held[n]):
+    for label in sorted(labels, key=lambda n: -held[n]):
         chosen = tuple(closest(unit, label) for unit in space.units)
         plan = UniformPlan(label, chosen, space.cost(chosen), space.damage(chosen))
         plans.setdefault(chosen, plan)
     return tuple(sorted(plans.values(), key=lambda p: (-p.damage, p.cost)))
+
+
+def _is_choice(space: Space, label: str) -> bool:
+    """Return whether a label is more than what ops with a single operand have for another one."""
+    named = parse_label(label).operands
+    widest = {
+        unit: max(parse_label(o.label).operands for o in unit.options) for unit in space.units
+    }
+    if named in (0, max(widest.values())):
+        return True
+    return any(unit.index_of(label) is not None and most > named for unit, most in widest.items())
 
 
 def frontier(plans: tuple[UniformPlan, ...]) -> tuple[UniformPlan, ...]:

@@ -103,3 +103,12 @@ def test_safest_is_float_where_float_is_allowed() -> None:
     space = Space((harmless, _unit("no float", "W4", "W8")))
     assert safest(space) == (1, 1)
     assert cheapest(space) == (0, 0)
+
+
+def test_labels_of_single_operands_make_no_plan_where_others_name_both() -> None:
+    linear = Unit("a", "Linear", (Option("W8A8", 8.0, 0.1), Option("W4A4", 4.0, 0.4)))
+    matmul = Unit("b", "matmul", (Option("A8", 2.0, 0.1), Option("A4", 1.0, 0.4)))
+    embed = Unit("c", "Embedding", (Option("W8", 0.2, 0.1), Option("W4", 0.1, 0.4)))
+    found = [plan.label for plan in uniform_plans(Space((linear, matmul, embed)))]
+    assert found == ["W4A4", "W8A8"]
+    assert [plan.label for plan in uniform_plans(Space((matmul,)))] == ["A4", "A8"]
