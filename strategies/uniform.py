@@ -79,7 +79,8 @@ def uniform_plans(space: Space) -> tuple[UniformPlan, ...]:
     """Return one plan for each label, most predicted damage first, without the all-float plan.
 
     A label that names one operand ("A8", "W8") makes a plan of its own only where a unit could have
-    named both, or where no unit can. Labels that give the same plan are one plan, under the label that most units have.
+    named both, or where no unit can. Labels that give the same plan are one plan, under the label
+    that most units have.
     """
     labels = [name for name in space.labels if _is_choice(space, name)]
     held = {n: sum(unit.index_of(n) is not None for unit in space.units) for n in labels}
