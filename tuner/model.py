@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -126,7 +127,17 @@ class InstrumentedModel:
             for i, scheme in enumerate(schemes)
         )
         site.output = None if config.output is None else self.quantizer(op, OUTPUT, config.output)
-        site.note = _describe(config.weight, site.inputs, site.output)
+        site.note = partial(self._describe, op, config)
+
+    def _describe(self, op: Op, config: OpConfig) -> str:
+        site = self.runtime.sites[op.name]
+        parts = []
+        if config.weight is not None and op.weights:
+            scales = self.weights.scales(op.weights[0], config.weight)
+            parts.append(f"weight {Quantizer(config.weight, QParams(scales)).describe()}")
+        parts += [f"input {i} {q.describe()}" for i, q in enumerate(site.inputs) if q is not None]
+        parts += [] if site.output is None else [f"output {site.output.describe()}"]
+        return "; ".join(parts)
 
     def quantizer(self, op: Op, index: int, scheme: TensorScheme) -> Quantizer:
         """Return the quantizer of an operand (OUTPUT for the output) under a scheme."""
@@ -221,12 +232,3 @@ def _switch(module: nn.Module, name: str, off: object, on: bool) -> None:
         setattr(module, name, off)
     elif on and kept in module.__dict__:
         setattr(module, name, module.__dict__.pop(kept))
-
-
-def _describe(
-    weight: TensorScheme | None, inputs: tuple[Quantizer | None, ...], output: Quantizer | None
-) -> str:
-    parts = [] if weight is None else [f"weight {weight.format} {weight.granularity.kind}"]
-    parts += [f"input {i} {q.describe()}" for i, q in enumerate(inputs) if q is not None]
-    parts += [] if output is None else [f"output {output.describe()}"]
-    return "; ".join(parts)

@@ -1,6 +1,7 @@
 """The tuning loop: the strategy proposes, the plan is applied, evaluated and recorded."""
 
 import hashlib
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,8 @@ from tuner.records import TrialRecord
 from tuner.results import StopReason
 from tuner.scores import Score, read_score
 from tuner.storage import StudyStore
+
+_log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 3
 EvalFunc = Callable[[Any], Any]
@@ -116,6 +119,7 @@ class Session:
         self._store = store
         self._callbacks = tuple(callbacks)
         self._progress = progress
+        self._silent: set[str] = set()
 
     def run(self, deadline_s: float | None) -> StopReason:
         """Search until the strategy is done or the budget is spent; `deadline_s` is monotonic."""
@@ -189,6 +193,7 @@ class Session:
         score, error = Score(float("nan")), None
         try:
             score = self._evaluate(model.model)
+            self._tell_of_silent_ops()
         except TuningCancelled:
             raise
         except Exception:  # the user's eval_func may raise anything: it is this trial's failure
@@ -206,6 +211,18 @@ class Session:
             error=error,
             scores=score.samples,
         )
+
+    def _tell_of_silent_ops(self) -> None:
+        """Say which quantized ops `eval_func` never ran: their cost counts, their harm does not."""
+        sites = self._prepared.model.runtime.sites.values()
+        silent = {site.name for site in sites if not site.calls} - self._silent
+        self._silent |= silent
+        if silent:
+            _log.warning(
+                "eval_func never ran %d quantized ops, so the score says nothing of them: %s",
+                len(silent),
+                ", ".join(sorted(silent)),
+            )
 
     def _refuse_failures(self, records: Sequence[TrialRecord]) -> None:
         """Raise with the first traceback where all of these trials failed."""

@@ -37,13 +37,16 @@ class Call:
 
 
 class Site:
-    """The quantizers that sit on one op; `inputs` is indexed by operand."""
+    """The quantizers that sit on one op; `inputs` is indexed by operand.
+
+    `note` tells what they are, for the model's repr; `calls` counts how often the op ran.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.inputs: tuple[Quantizer | None, ...] = ()
         self.output: Quantizer | None = None
-        self.note = ""
+        self.note: Callable[[], str] = str
         self.calls = 0
 
     def operand(self, index: int, x: Tensor) -> Tensor:
@@ -151,8 +154,8 @@ class _Swapped:
 
     def extra_repr(self) -> str:
         base = self._tuner_base.extra_repr(self)  # type: ignore[arg-type]
-        notes = (s for n, s in self._tuner_runtime.sites.items() if _owner(n) == self._tuner_path)
-        lines = [base, *(_note(site, self._tuner_path) for site in notes if site.note)]
+        own = (s for n, s in self._tuner_runtime.sites.items() if _owner(n) == self._tuner_path)
+        lines = [base, *(_note(site, self._tuner_path) for site in own)]
         return "\n".join(line for line in lines if line)
 
 
@@ -162,7 +165,7 @@ def _owner(site_name: str) -> str:
 
 def _note(site: Site, path: str) -> str:
     local = site.name.removeprefix(path).removeprefix("/")
-    return f"{local}: {site.note}" if local else site.note
+    return f"{local}: {site.note()}" if local else site.note()
 
 
 class _OpMixin(_Swapped):

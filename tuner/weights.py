@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.ops import WeightRef
-from tuner.qparams import fake_quantize
+from tuner.qparams import compute_qparams, fake_quantize
 from tuner.schemes import TensorScheme
 
 _Key = tuple[str, tuple[int, int] | None]
@@ -46,6 +46,13 @@ class WeightStore:
     def packed(self, ref: WeightRef, scheme: TensorScheme) -> Mapping[str, Tensor] | None:
         """Return the codes that `adopt` was given, or None if the float weight is here."""
         return self._adopted.get((ref.key, scheme))
+
+    def scales(self, ref: WeightRef, scheme: TensorScheme) -> Tensor:
+        """Return the scales of a weight under a scheme."""
+        packed = self.packed(ref, scheme)
+        if packed is not None:
+            return next(tensor for name, tensor in packed.items() if name.endswith(".scale"))
+        return torch.as_tensor(compute_qparams(self.original(ref), scheme).scale)
 
     def set(self, ref: WeightRef, scheme: TensorScheme | None) -> None:
         """Quantize a weight by a scheme, or give it its float values back."""

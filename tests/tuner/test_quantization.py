@@ -178,8 +178,17 @@ def test_rules_reach_the_plan(net: nn.Module) -> None:
 
 def test_print_shows_schemes_and_scales(net: nn.Module) -> None:
     text = str(fit(net).model)
-    assert "weight int8 per_channel" in text
-    assert "scale" in text
+    assert text.count("weight int8 per-channel") == 2
+    assert text.count("input 0 uint8 per-tensor") == 2
+    assert text.count("scale") == 4
+
+
+def test_ops_that_eval_func_never_runs_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    net = seeded(Branching)
+    x = inputs_for(net, 16).clamp(max=1)
+    quantization.fit(net, [x], lambda m: m.parts["shared"](x).detach().sum() * 0 + 1)
+    assert "never ran 1 quantized ops" in caplog.text
+    assert "parts.other" in caplog.text
 
 
 def test_ops_reached_by_later_batches_only_are_quantized() -> None:
