@@ -43,6 +43,11 @@ class Sensitivity:
     components: tuple[Component, ...]
     gram: Tensor
 
+    def alone(self, component: Component) -> float:
+        """Return the predicted damage of one component, the others in float."""
+        position = self.components.index(component)
+        return float(self.gram[position, position])
+
     def damage(self, op: Op, config: OpConfig) -> float:
         """Return the predicted damage of a configuration, 0 for float."""
         chosen = [self.components.index(c) for c in components_of(op, config)]
