@@ -2,10 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from tuner.errors import DataError
 from tuner.tensors import map_tensors, tensors_in
@@ -24,17 +25,18 @@ class Feeder:
     def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
         self._forward = forward
         self._required = max(1, _required_positionals(model))
-        self._device = next((t.device for t in model.parameters()), torch.device("cpu"))
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
         """Return model(batch)."""
         if self._forward is not None:
             return self._forward(model, batch)
-        args, kwargs = self._arguments(batch)
+        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        args, kwargs = self._arguments(_on_device(batch, device))
         return model(*args, **kwargs)
 
     def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        batch = map_tensors(self._on_device, batch)
+        if isinstance(batch, PackedSequence):
+            return (batch,), {}
         if isinstance(batch, Mapping):
             return (), dict(batch)
         if isinstance(batch, (list, tuple)):
@@ -43,8 +45,11 @@ class Feeder:
             return tuple(batch[: self._required]), {}
         return (batch,), {}
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.device == self._device else tensor.to(self._device)
+
+def _on_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, PackedSequence):
+        return cast(Any, batch).to(device)
+    return map_tensors(lambda t: t if t.device == device else t.to(device), batch)
 
 
 def _required_positionals(model: nn.Module) -> int:

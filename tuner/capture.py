@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuner.ops import Operand
 from tuner.sites import Call, Site
-from tuner.tensors import map_tensors, named_tensors_in
+from tuner.tensors import map_tensors, named_tensors_in, tensors_in
 
 _SIDE_OUTPUTS = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
 
@@ -21,7 +22,16 @@ class CapturedCall:
     """
 
     call: Call
+    autocast: tuple[str, torch.dtype] | None = None
     gradient: Tensor | None = None
+
+    def replay(self, operand: Operand) -> Any:
+        """Compute the call again, under the autocast that it ran under."""
+        if self.autocast is None:
+            return self.call.invoke(operand)
+        device, dtype = self.autocast
+        with torch.autocast(device, dtype):
+            return self.call.invoke(operand)
 
 
 class Capture:
@@ -41,7 +51,8 @@ class Capture:
                 call,
                 args=map_tensors(_kept, call.args),
                 kwargs=map_tensors(_kept, dict(call.kwargs)),
-            )
+            ),
+            _autocast((call.args, call.kwargs)),
         )
         self.calls.setdefault(site.name, []).append(kept)
         output = call.invoke(_same)
@@ -52,6 +63,13 @@ class Capture:
     def other(self, scope: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute any other call."""
         return fn(*args, **kwargs)
+
+
+def _autocast(value: Any) -> tuple[str, torch.dtype] | None:
+    device = next((tensor.device.type for tensor in tensors_in(value)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return None
+    return device, torch.get_autocast_dtype(device)
 
 
 def _same(index: int, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from math import ceil, prod
 
 from torch import Tensor, nn
 
-from tuner.granularity import PerBlock, PerChannel, PerGroup
+from tuner.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from tuner.graph import OpGraph
 from tuner.ops import Op, WeightRef
 from tuner.packing import packed_size_bytes
@@ -112,6 +112,8 @@ def named_storage(model: nn.Module) -> dict[str, Tensor]:
 def scale_count(shape: tuple[int, ...], scheme: TensorScheme) -> int:
     """Return how many scales a weight of this shape has."""
     granularity = scheme.granularity
+    if isinstance(granularity, PerToken):
+        return prod(shape[:-1])
     if isinstance(granularity, PerChannel):
         return shape[granularity.axis]
     if isinstance(granularity, (PerGroup, PerBlock)):

@@ -104,7 +104,8 @@ class Recorder:
 
     def graph(self, output: Any, samples: int) -> OpGraph:
         """Return what was recorded, MACs divided by the samples of the batch."""
-        per_sample = {name: _per_sample(op, samples) for name, op in self._ops.items()}
+        ops = _without_overlaps(self._ops)
+        per_sample = {name: _per_sample(op, samples) for name, op in ops.items()}
         outputs = tuple(self._producer(t) for t in tensors_in(output))
         uncovered = {name: round(macs / samples) for name, macs in self.uncovered.items() if macs}
         return OpGraph(per_sample, tuple(self._nodes), outputs, uncovered)
@@ -181,6 +182,27 @@ class Recorder:
         return sum(weight_elements(ref, self._shapes[ref.path]) for ref in weights)
 
 
+def _without_overlaps(ops: Mapping[str, Op]) -> dict[str, Op]:
+    """Take runs of rows that overlap with another use of the parameter for activations."""
+    uses = {ref.key for op in ops.values() for ref in op.weights}
+    return {
+        name: _as_activation(op) if any(_overlaps(ref, uses) for ref in op.weights) else op
+        for name, op in ops.items()
+    }
+
+
+def _overlaps(ref: WeightRef, uses: set[tuple[str, tuple[int, int] | None]]) -> bool:
+    if ref.rows is None:
+        return False
+    others = (rows for path, rows in uses if path == ref.path and rows != ref.rows)
+    return any(r is None or (r[0] < ref.rows[1] and ref.rows[0] < r[1]) for r in others)
+
+
+def _as_activation(op: Op) -> Op:
+    operands = (ref.operand for ref in op.weights if ref.operand is not None)
+    return replace(op, weights=(), activations=tuple(sorted({*op.activations, *operands})))
+
+
 def weight_elements(ref: WeightRef, shape: torch.Size) -> int:
     """Return how many elements of a parameter of this shape the reference covers."""
     if ref.rows is None:
@@ -201,6 +223,17 @@ def _per_sample(op: Op, samples: int) -> Op:
     return replace(op, products=tuple(products))
 
 
+_VECTOR_OPERAND = {torch.ops.aten.mv: 0, torch.ops.aten.dot: 0, torch.ops.aten.addmv: 1}
+"""Products with a vector, which torch's own registry leaves out: the operand with all factors."""
+
+
+def _macs(packet: Any, args: Any, kwargs: Any, output: Any) -> int:
+    if packet in _VECTOR_OPERAND:
+        return int(args[_VECTOR_OPERAND[packet]].numel())
+    count = flop_registry.get(packet)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=output)) // 2
+
+
 class MacCounter(TorchDispatchMode):
     """Counts the MACs of calls that are no ops, under the recorder's current label."""
 
@@ -210,10 +243,9 @@ class MacCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
         label = self._recorder.label
-        if count is not None and label is not None:
-            macs = count(*args, **(kwargs or {}), out_val=output) // 2
+        macs = 0 if label is None else _macs(func._overloadpacket, args, kwargs or {}, output)
+        if macs and label is not None:
             seen = self._recorder.uncovered
             seen[label] = seen.get(label, 0) + macs
         return output

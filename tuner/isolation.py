@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from tuner.errors import ModelError
 
@@ -20,6 +21,12 @@ def copied(model: Any) -> nn.Module:
         raise ModelError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model is a ScriptModule, whose ops are out of reach: give the nn.Module")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ModelError("model has lazy modules without weights: call it once on a batch first")
+    if any(hasattr(type(module), "_tuner_base") for module in model.modules()):
+        raise ModelError(
+            "model has a plan on it already (it came from fit() or load()): give the FP32 model"
+        )
     if any(p.is_meta for p in model.parameters()):
         raise ModelError("model has parameters on the meta device: load its weights first")
     try:

@@ -197,7 +197,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, Family], set[str], set[str]
 
 
 def _inside(path: str, parents: set[str]) -> bool:
-    return any(path.startswith(f"{parent}.") for parent in parents)
+    return any(not parent or path.startswith(f"{parent}.") for parent in parents)
 
 
 def _has_forward_of(module: nn.Module, base: type[nn.Module]) -> bool:

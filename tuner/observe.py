@@ -1,7 +1,8 @@
 """The one calibration pass: what it keeps of every activation, and the ranges that follow."""
 
+import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,23 @@ class CalibratedRanges:
             low, high = calibrated_range(statistics, scheme)
             self._known[key] = qparams_from_range(torch.tensor(low), torch.tensor(high), scheme)
         return self._known[key]
+
+    def adopt(self, entries: Iterable[Sequence[Any]]) -> None:
+        """Take parameters that were stored: [operation, operand, scheme, scale, zero point]."""
+        for op, operand, scheme, scale, zero_point in entries:
+            key = (op, operand, TensorScheme.model_validate_json(json.dumps(scheme)))
+            zero = None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32)
+            self._known[key] = QParams(torch.tensor(scale), zero)
+
+    def entries(self, wanted: Iterable[tuple[str, int, TensorScheme]]) -> list[list[Any]]:
+        """Return the parameters of these operands in the form that `adopt` takes."""
+        found = []
+        for op, operand, scheme in wanted:
+            qparams = self.qparams(op, operand, scheme)
+            zero = None if qparams.zero_point is None else int(qparams.zero_point)
+            shown = scheme.model_dump(mode="json")
+            found.append([op, operand, shown, float(qparams.scale), zero])
+        return found
 
     def warn_of_nonfinite(self) -> None:
         """Warn once where calibration left out NaN or infinite values."""

@@ -18,7 +18,7 @@ from tuner.observe import CalibratedRanges, Observer
 from tuner.presets import Candidate
 from tuner.progress import Progress
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
-from tuner.schemes import OpConfig
+from tuner.schemes import OpConfig, TensorScheme
 from tuner.search_space import (
     FLOAT,
     TuningSpace,
@@ -27,12 +27,15 @@ from tuner.search_space import (
     candidates_of,
     components_wanted,
 )
-from tuner.sensitivity import SAMPLES, WEIGHT, SensitivityAnalysis
+from tuner.sensitivity import SAMPLES, WEIGHT, SensitivityAnalysis, components_of
 from tuner.tensors import tensors_in
 
 Candidates = dict[str, list[Candidate]]
-Payload = dict[str, dict[str, dict[str, Any]]]
-"""Op → label → {"config", "damage"}: what a resumed study must not compute anew."""
+Options = dict[str, dict[str, dict[str, Any]]]
+"""Op → label → {"config", "damage"}."""
+
+Payload = dict[str, Any]
+"""What a resumed study must not compute anew: {"options": Options, "ranges": of activations}."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +95,16 @@ class Preparation:
         ranges = self._calibrate(progress)
         self._graph = replace(self._graph, unreached=self._unreached())
         self.model.install(self._graph.ops, ranges)
-        if not payload:
-            payload = self._predict(progress)
-        candidates = _candidates_from(payload)
+        if payload:
+            ranges.adopt(payload["ranges"])
+        else:
+            stored = self._predict(progress)
+            payload = {"options": stored, "ranges": ranges.entries(self._statics(stored))}
+        options = payload["options"]
+        candidates = _candidates_from(options)
         damages = {
-            op: {label: entry["damage"] for label, entry in options.items()}
-            for op, options in payload.items()
+            op: {label: entry["damage"] for label, entry in labels.items()}
+            for op, labels in options.items()
         }
         needless = folded_names(self.model.model, pairs)
         costs = CostModel(self.model.model, self._graph, needless)
@@ -186,17 +193,28 @@ class Preparation:
             wanted[name] = tuple(dict.fromkeys(static))
         return wanted
 
+    def _statics(self, options: Options) -> list[tuple[str, int, TensorScheme]]:
+        """Return every static activation scheme that the options use."""
+        found: dict[tuple[str, int, TensorScheme], None] = {}
+        for name, candidates in _candidates_from(options).items():
+            for candidate in candidates:
+                for index, scheme in components_of(self._graph.ops[name], candidate.config):
+                    if index != WEIGHT and not scheme.is_dynamic:
+                        found[name, index, scheme] = None
+        return list(found)
+
     def _unreached(self) -> tuple[str, ...]:
-        called = {name.rpartition("/")[0] if "/" in name else name for name in self._graph.ops}
+        names = set(self._graph.ops)
+        called = names | {name.rpartition("/")[0] for name in names}
         return tuple(path for path in self.model.candidates if path not in called)
 
-    def _predict(self, progress: Progress) -> Payload:
+    def _predict(self, progress: Progress) -> Options:
         components = components_wanted(self._graph.ops, self._candidates)
         progress.phase("predicting damage", None)
         analysis = SensitivityAnalysis(self.model, self._feeder, components, self._config.seed)
         kept = [batch for _, batch in self._kept]
         found = analysis.run(kept, self._late, progress.advance)
-        payload: Payload = {}
+        payload: Options = {}
         for name, options in self._candidates.items():
             op = self._graph.ops[name]
             if name in found:
@@ -211,7 +229,7 @@ class Preparation:
         return payload
 
 
-def _candidates_from(payload: Payload) -> Candidates:
+def _candidates_from(payload: Options) -> Candidates:
     return {
         op: [
             FLOAT

@@ -72,7 +72,10 @@ def fit(
         Exception: whatever `eval_func` raises on the FP32 model, as it is.
     """
     config = TuningConfig() if config is None else config
-    _refuse(config, train_func, executor, eval_func, forward)
+    if callable(callbacks):
+        raise TunerError("callbacks is a function: give a list of functions, callbacks=[…]")
+    callbacks = tuple(callbacks)
+    _refuse(config, train_func, executor, eval_func, forward, callbacks, storage, study_name)
     started = time.monotonic()
     with isolated_random_state() as random_state, Progress(progress, config.cost_name) as bar:
         twin = copied(model)
@@ -235,6 +238,7 @@ def _op_table(prepared: Prepared, plan: Plan, config: TuningConfig) -> Any:
 def _finished(prepared: Prepared, result: TuningResult) -> QuantizedModel:
     prepared.model.apply(result.best.plan)
     prepared.model.weights.forget_cache()
+    prepared.model.model.eval()
     return QuantizedModel(Parts(prepared.model, result.best.plan, prepared.folded, result))
 
 
@@ -253,14 +257,26 @@ def _warn_if_nothing_quantized(result: TuningResult) -> None:
 
 
 def _refuse(
-    config: TuningConfig, train_func: object, executor: object, eval_func: object, forward: object
+    config: TuningConfig,
+    train_func: object,
+    executor: object,
+    eval_func: object,
+    forward: object,
+    callbacks: tuple[object, ...],
+    storage: object,
+    study_name: object,
 ) -> None:
     """Refuse arguments of wrong types, and what later versions bring."""
     if not isinstance(config, TuningConfig):
         raise TunerError(f"config is a {type(config).__name__}: give a TuningConfig")
-    for name, function in (("eval_func", eval_func), ("forward", forward)):
+    functions = [("eval_func", eval_func), ("forward", forward)]
+    functions += [("each of callbacks", callback) for callback in callbacks]
+    for name, function in functions:
         if function is not None and not callable(function):
             raise TunerError(f"{name} is a {type(function).__name__}: give a function")
+    for name, text in (("storage", storage), ("study_name", study_name)):
+        if text is not None and not isinstance(text, str):
+            raise TunerError(f"{name} is a {type(text).__name__}: give a string")
     later = {
         "train_func": train_func is not None,
         "executor": executor is not None,

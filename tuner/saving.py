@@ -24,7 +24,7 @@ from tuner.ops import Op, Product, WeightRef
 from tuner.packing import pack_codes, unpack_codes
 from tuner.plan import Plan
 from tuner.qparams import compute_qparams, dequantize, quantize
-from tuner.ranges import QParams
+from tuner.ranges import QParams, symmetric_zero_point
 from tuner.recovery.folding import FoldedPair, folded_names, prepare
 from tuner.results import TuningResult
 from tuner.schemes import OpConfig, TensorScheme
@@ -72,6 +72,9 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
     """
     source = Path(directory)
     config = _read_json(source, _CONFIG)
+    missing = {"folded", "ops", "weights", "activations", "sha256"} - set(config)
+    if missing:
+        raise SaveError(f"{source / _CONFIG} is damaged: it lacks {', '.join(sorted(missing))}")
     if config.get("layout") != _LAYOUT:
         raise SaveError(
             f"{source / _CONFIG}: layout {config.get('layout')!r}, this reads {_LAYOUT}"
@@ -88,7 +91,7 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
     prepare(twin, folded)
     instrumented = InstrumentedModel(twin)
     ops = {entry["name"]: _op(entry) for entry in config["ops"]}
-    _restore(instrumented, ops, plan, folded, tensors)
+    _restore(instrumented, ops, plan, folded, tensors, config["weights"])
     instrumented.install(ops, SavedRanges(config["activations"], tensors))
     instrumented.apply(plan)
     return Parts(instrumented, plan, folded, result)
@@ -130,8 +133,7 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
         if name not in needless and name not in packed_paths
     }
     for ref, scheme in weights.values():
-        packed = model.weights.packed(ref, scheme)
-        tensors.update(packed or _packed(ref, scheme, model.weights.original(ref)))
+        tensors.update(_packed_now(ref, scheme, model))
     for path in packed_paths:
         tensors.update(_float_rows(path, model, weights))
     order, scales, zero_points = [], [], []
@@ -141,12 +143,17 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
         for index, quantizer in quantizers:
             if quantizer is not None and quantizer.qparams is not None:
                 order.append((name, index))
-                scales.append(float(quantizer.qparams.scale))
+                scales.append(_as_scales(quantizer.qparams.scale).reshape(()))
                 zero_points.append(int(quantizer.qparams.zero_point or 0))
     if order:
-        tensors[_SCALES] = torch.tensor(scales, dtype=torch.float32)
+        tensors[_SCALES] = torch.stack(_promoted(scales))
         tensors[_ZERO_POINTS] = torch.tensor(zero_points, dtype=torch.int32)
     return tensors, order
+
+
+def _promoted(scales: list[Tensor]) -> list[Tensor]:
+    double = any(scale.dtype == torch.float64 for scale in scales)
+    return [scale.double() if double else scale for scale in scales]
 
 
 def _weight_schemes(
@@ -164,15 +171,30 @@ def _stem(ref: WeightRef) -> str:
     return ref.path if ref.rows is None else f"{ref.path}[{ref.rows[0]}:{ref.rows[1]}]"
 
 
+def _packed_now(
+    ref: WeightRef, scheme: TensorScheme, model: InstrumentedModel
+) -> dict[str, Tensor]:
+    """Return the codes of the weight as it is on the model, trained further or not."""
+    current = _part(dict(model.model.named_parameters())[ref.path].detach().cpu(), ref)
+    known = model.weights.packed(ref, scheme)
+    packed = dict(known or _packed(ref, scheme, model.weights.original(ref)))
+    value = _unpacked(ref, scheme, tuple(current.shape), packed).to(current.dtype)
+    return packed if torch.equal(value, current) else _packed(ref, scheme, current)
+
+
+def _part(tensor: Tensor, ref: WeightRef) -> Tensor:
+    return tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]]
+
+
 def _packed(ref: WeightRef, scheme: TensorScheme, weight: Tensor) -> dict[str, Tensor]:
     weight = weight.detach().cpu()
     qparams = compute_qparams(weight, scheme)
     codes = quantize(weight, scheme, qparams)
     tensors = {
         f"{_stem(ref)}.codes": pack_codes(codes, scheme.bits),
-        f"{_stem(ref)}.scale": torch.as_tensor(qparams.scale, dtype=torch.float32).contiguous(),
+        f"{_stem(ref)}.scale": _as_scales(qparams.scale).contiguous(),
     }
-    if qparams.zero_point is not None:
+    if qparams.zero_point is not None and not scheme.symmetric:
         zero_point = torch.as_tensor(qparams.zero_point, dtype=torch.int32)
         tensors[f"{_stem(ref)}.zero_point"] = zero_point.contiguous()
     return tensors
@@ -192,8 +214,16 @@ def _unpacked(
     stem = _stem(ref)
     signed = formats.get(scheme.format).signed
     codes = unpack_codes(packed[f"{stem}.codes"], scheme.bits, signed, shape)
-    qparams = QParams(packed[f"{stem}.scale"], packed.get(f"{stem}.zero_point"))
-    return dequantize(codes, scheme, qparams)
+    scale, zero_point = packed[f"{stem}.scale"], packed.get(f"{stem}.zero_point")
+    if zero_point is None and scheme.symmetric and (middle := symmetric_zero_point(scheme)):
+        zero_point = torch.full_like(scale, middle, dtype=torch.int32)
+    return dequantize(codes, scheme, QParams(scale, zero_point))
+
+
+def _as_scales(scale: Any) -> Tensor:
+    """Keep float64 scales (of float64 models) as they are; all others are float32."""
+    tensor = torch.as_tensor(scale).detach().cpu()
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def _float_rows(
@@ -217,6 +247,7 @@ def _restore(
     plan: Plan,
     folded: tuple[FoldedPair, ...],
     tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, list[int]],
 ) -> None:
     """Put the saved tensors on the model, after checking that they are for this architecture."""
     storage = named_storage(model.model)
@@ -238,10 +269,14 @@ def _restore(
             start, stop = rows[:-1].split(":")
             _copy(name, storage[path][int(start) : int(stop)], tensor)
     for ref, scheme in weights.values():
-        target = storage[ref.path]
-        part = slice(None) if ref.rows is None else slice(*ref.rows)
+        target = _part(storage[ref.path], ref)
+        if list(target.shape) != shapes.get(_stem(ref)):
+            raise PlanError(
+                f"{_stem(ref)!r} has shape {list(target.shape)} in this model, and shape "
+                f"{shapes.get(_stem(ref))} was saved: it is a plan for another architecture"
+            )
         packed = _packed_of(ref, tensors)
-        value = _unpacked(ref, scheme, tuple(target[part].shape), packed)
+        value = _unpacked(ref, scheme, tuple(target.shape), packed)
         model.weights.adopt(ref, value, scheme, packed)
 
 
@@ -265,9 +300,16 @@ def _config(parts: Parts, activations: list[Any], files: Mapping[str, bytes]) ->
         "costs": dict(best.costs),
         "folded": [asdict(pair) for pair in parts.folded],
         "ops": [asdict(op) for op in parts.model.ops.values()],
+        "weights": _shapes(parts),
         "activations": activations,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+
+
+def _shapes(parts: Parts) -> dict[str, list[int]]:
+    parameters = dict(parts.model.model.named_parameters())
+    refs = (ref for ref, _ in _weight_schemes(parts.model.ops, parts.plan).values())
+    return {_stem(ref): list(_part(parameters[ref.path], ref).shape) for ref in refs}
 
 
 def _op(entry: Mapping[str, Any]) -> Op:

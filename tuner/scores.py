@@ -33,6 +33,11 @@ def read_score(value: Any, metric: str | None) -> Score:
     """
     if isinstance(value, Mapping):
         return _from_mapping(value, metric)
+    if metric is not None:
+        raise EvaluationError(
+            f"the goal's metric is {metric!r}, but eval_func returned {_shown(value)}: return a "
+            "mapping of metrics, or leave AccuracyGoal(metric=…) out"
+        )
     number = _number(value)
     if number is not None:
         return Score(_finite(number))
@@ -66,12 +71,14 @@ def _from_mapping(value: Mapping[Any, Any], metric: str | None) -> Score:
 def _number(value: Any) -> float | None:
     if isinstance(value, (bool, np.bool_)):
         return None
-    if isinstance(value, numbers.Real):
-        return float(value)
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
-        item = value.item()
-        return float(item) if isinstance(item, (int, float)) and item is not True else None
-    return None
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _samples(value: Any) -> np.ndarray[Any, np.dtype[np.float64]] | None:

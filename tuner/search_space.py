@@ -47,6 +47,12 @@ class TuningSpace:
 
     units: tuple[TuningUnit, ...]
     space: Space
+    cost_weights: tuple[float, float]
+
+    def price(self, costs: Mapping[str, float]) -> float:
+        """Return what strategies minimise, for a whole model of these costs."""
+        by_bops, by_size = self.cost_weights
+        return by_bops * costs["bops"] + by_size * costs["size_bytes"]
 
     def plan(self, assignment: Assignment) -> Plan:
         """Return the plan that an assignment stands for."""
@@ -133,6 +139,12 @@ def _fitted(op: Op, config: OpConfig) -> OpConfig:
         raise UnsupportedError(
             f"{op.name}: OpConfig(recovery=…) and OpConfig(bias=…) are not supported by this "
             "version: leave them out"
+        )
+    schemes = (config.weight, config.output, *(config.input_scheme(i) for i in op.activations))
+    if any(scheme is not None and scheme.backward_format for scheme in schemes):
+        raise UnsupportedError(
+            f"{op.name}: TensorScheme(backward_format=…) is for training, which this version does "
+            "not have yet: leave it out"
         )
     last = max(op.activations, default=-1) + 1
     if isinstance(config.inputs, tuple) and len(config.inputs) > last:
@@ -234,7 +246,8 @@ def build_space(
         floats += price.of(members, dict.fromkeys(group, OpConfig.float()))
         units.append(TuningUnit(group[0], tuple(choices)))
         spaces.append(Unit(group[0], _kind(members), tuple(options)))
-    return TuningSpace(tuple(units), Space(tuple(spaces), price.whole - floats))
+    space = Space(tuple(spaces), price.whole - floats)
+    return TuningSpace(tuple(units), space, (price.by_bops, price.by_size))
 
 
 class _Price:
@@ -242,13 +255,12 @@ class _Price:
 
     def __init__(self, costs: CostModel, objective: str) -> None:
         total = costs.costs({})
-        ours, other = total.bops, total.size_bytes
-        if objective == "size":
-            ours, other = other, ours
         self._costs = costs
-        self._by_size = objective == "size"
-        self._rate = _TIE_BREAK * ours / other if other else 0.0
-        self.whole = ours + self._rate * other
+        if objective == "bops" and total.bops:
+            self.by_bops, self.by_size = 1.0, _TIE_BREAK * total.bops / max(total.size_bytes, 1.0)
+        else:
+            self.by_bops, self.by_size = _TIE_BREAK * total.size_bytes / max(total.bops, 1.0), 1.0
+        self.whole = self.by_bops * total.bops + self.by_size * total.size_bytes
 
     def of(self, members: Sequence[Op], configs: Mapping[str, OpConfig]) -> float:
         """Return the cost of tied ops together; their weight counts once."""
@@ -256,7 +268,7 @@ class _Price:
         weights = {ref.key: (ref, configs[op.name].weight) for op in members for ref in op.weights}
         size = sum(self._costs.weight_bytes(ref, scheme) for ref, scheme in weights.values())
         size += sum(self._costs.activation_bytes(op, configs[op.name]) for op in members)
-        return size + self._rate * bops if self._by_size else bops + self._rate * size
+        return self.by_bops * bops + self.by_size * size
 
 
 def _kind(members: Sequence[Op]) -> str:

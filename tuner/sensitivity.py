@@ -91,18 +91,34 @@ class SensitivityAnalysis:
         `late` batches reached ops that the first ones did not: a slice of each is added.
         """
         for batch in batches:
-            for part, samples in _slices(batch):
-                if self._samples < SAMPLES:
-                    self._add(self._captured(part), advance)
-                    self._samples += samples
+            if self._samples < SAMPLES:
+                self._measure(batch, SAMPLES - self._samples, advance)
         for batch in late:
-            part, samples = next(_slices(batch))
-            self._add(self._captured(part), advance)
-            self._samples += samples
+            self._measure(batch, 1, advance)
         scale = 0.5 / max(self._samples, 1)
         return {n: Sensitivity(self._components[n], g * scale) for n, g in self._grams.items()}
 
-    def _captured(self, batch: Any) -> dict[str, list[CapturedCall]]:
+    def _measure(self, batch: Any, samples: int, advance: Callable[[], None]) -> None:
+        """Add slices of a batch until so many samples are in; the whole of it if it has no rows."""
+        for part, size in _slices(batch):
+            if samples <= 0:
+                return
+            calls = self._tried(part, gradients=True)
+            if calls is None:  # it does not take slices, or not with gradients
+                calls = self._tried(batch, gradients=True) or self._captured(batch, False)
+                size = samples = batch_size(batch)
+            self._add(calls, advance)
+            self._samples += size
+            samples -= size
+
+    def _tried(self, batch: Any, gradients: bool) -> dict[str, list[CapturedCall]] | None:
+        try:
+            return self._captured(batch, gradients)
+        except Exception as error:  # the user's model may raise anything on a slice
+            _log.debug("the model refused a part of a calibration batch: %s", error)
+            return None
+
+    def _captured(self, batch: Any, gradients: bool) -> dict[str, list[CapturedCall]]:
         """Run the model forward and backward on a batch; gradients stay None where impossible."""
         model = self._model.model
         capture = Capture(self._components)
@@ -110,7 +126,7 @@ class SensitivityAnalysis:
         try:
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
-            with torch.enable_grad(), self._model.watching(capture), _quiet():
+            with torch.set_grad_enabled(gradients), self._model.watching(capture), _quiet():
                 output = self._feeder(model, batch)
                 loss = surrogate_loss(output, batch, self._vocabularies, self._generator)
                 if loss is not None:
@@ -138,7 +154,7 @@ class SensitivityAnalysis:
 
     def _gram(self, op: Op, captured: CapturedCall) -> Tensor:
         components = self._components[op.name]
-        reference = _head(captured.call.invoke(lambda i, x: x)).float()
+        reference = _head(captured.replay(lambda i, x: x)).float()
         if captured.gradient is None:  # the output error, relative to the output
             weight = reference.square().sum().div(max(reference.shape[0], 1)).rsqrt()
         else:
@@ -156,8 +172,8 @@ class SensitivityAnalysis:
             return self._with_weight(op, captured, scheme)
         quantizer = self._model.quantizer(op, index, scheme)
         if index == OUTPUT:
-            return quantizer(_head(captured.call.invoke(lambda i, x: x)))
-        return captured.call.invoke(lambda i, x: quantizer(x) if i == index else x)
+            return quantizer(_head(captured.replay(lambda i, x: x)))
+        return captured.replay(lambda i, x: quantizer(x) if i == index else x)
 
     def _with_weight(self, op: Op, captured: CapturedCall, scheme: TensorScheme) -> Any:
         weights = self._model.weights
@@ -165,11 +181,11 @@ class SensitivityAnalysis:
             ref = op.weights[0]
             value = weights.quantized(ref, scheme)
             value = value.T if ref.transposed else value
-            return captured.call.invoke(lambda i, x: value if i == ref.operand else x)
+            return captured.replay(lambda i, x: value if i == ref.operand else x)
         try:
             for ref in op.weights:
                 weights.set(ref, scheme)
-            return captured.call.invoke(lambda i, x: x)
+            return captured.replay(lambda i, x: x)
         finally:
             for ref in op.weights:
                 weights.set(ref, None)

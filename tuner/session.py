@@ -4,12 +4,12 @@ import hashlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import strategies
 from strategies.base import Outcome, Proposal
@@ -47,7 +47,27 @@ class Evaluator:
         """Return the score of the model as it is."""
         model.eval()
         self.random_state.restore()
-        return read_score(self.eval_func(model), self.metric)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        dtypes = [p.dtype for p in model.parameters()]
+        try:
+            return read_score(self.eval_func(model), self.metric)
+        finally:
+            _restore_buffers(model, before)
+            model.eval()
+            if [p.dtype for p in model.parameters()] != dtypes:
+                raise EvaluationError(
+                    "eval_func changed the type of the model's parameters: it must leave the "
+                    "model as it is (work on a copy)"
+                )
+
+
+def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Take back what an evaluation did to running statistics and the like."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            kept = before.get(name)
+            if kept is not None and kept.shape == buffer.shape:
+                buffer.copy_(kept)
 
 
 def evaluate_baseline(
@@ -152,8 +172,7 @@ class Session:
         return min(complete, key=lambda r: _violation(r, self._config.goal, self.baseline))
 
     def _cost(self, record: TrialRecord) -> float:
-        space = self._prepared.space
-        return space.space.cost(space.assignment(record.plan))
+        return self._prepared.space.price(record.costs)
 
     def _ended(self, exhaustive: bool) -> StopReason:
         quantized = self.best.meets_goal and self.best.number > 0

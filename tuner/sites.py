@@ -5,7 +5,6 @@ functional call by a TorchFunctionMode that is active while an instrumented modu
 functional calls are `path/function:index`, counted anew at each call of the module at `path`.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,6 +48,9 @@ class Site:
         self.note: Callable[[], str] = str
         self.calls = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "note": partial(str, self.note())}
+
     def operand(self, index: int, x: Tensor) -> Tensor:
         """Fake-quantize an operand, where a quantizer sits on it."""
         quantizer = self.inputs[index] if index < len(self.inputs) else None
@@ -91,11 +93,11 @@ class Runtime:
         self.tap: Tap | None = None
         self.frames = _Frames()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
-        twin = Runtime()
-        memo[id(self)] = twin
-        twin.sites = copy.deepcopy(self.sites, memo)
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sites": self.sites}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(Runtime().__dict__, **state)
 
     def site(self, name: str) -> Site:
         """Return the site of this name, made on first use."""
@@ -151,6 +153,10 @@ class _Swapped:
     _tuner_base: ClassVar[type[nn.Module]]
     _tuner_runtime: Runtime
     _tuner_path: str
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(2)
+        return (_remade, (self._tuner_kind, self._tuner_base), *reduced[2:])
 
     def extra_repr(self) -> str:
         base = self._tuner_base.extra_repr(self)  # type: ignore[arg-type]
@@ -221,13 +227,23 @@ def swap(
     """Swap a module's class, in place, for a subclass of kind 'op', 'scope' or 'attention'."""
     unswap(module)
     base = type(module)
-    if (kind, base) not in _classes:
-        _classes[kind, base] = subclassed(base, {"_tuner_base": base}, _MIXINS[kind])
     state = {"_tuner_runtime": runtime, "_tuner_path": path, "_tuner_family": family}
     if "forward" in module.__dict__:
         state["_tuner_forward"] = module.__dict__.pop("forward")
     module.__dict__.update(state)
-    set_class(module, _classes[kind, base])
+    set_class(module, _swapped_class(kind, base))
+
+
+def _remade(kind: str, base: type[nn.Module]) -> nn.Module:
+    """Make an empty module of a swapped class: what copy and pickle begin with."""
+    swapped = _swapped_class(kind, base)
+    return swapped.__new__(swapped)
+
+
+def _swapped_class(kind: str, base: type[nn.Module]) -> type[nn.Module]:
+    if (kind, base) not in _classes:
+        _classes[kind, base] = subclassed(base, {"_tuner_base": base}, _MIXINS[kind])
+    return _classes[kind, base]
 
 
 def unswap(module: nn.Module) -> None:

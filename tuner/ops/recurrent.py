@@ -43,9 +43,10 @@ class RecurrentFamily(Family):
     def products(self, call: CallFacts) -> tuple[Product, ...]:
         """Count time steps × weight elements: the first layer's input part, then the rest."""
         module, sequence = call.module, call.operands[0]
-        assert module is not None
         steps = sequence.numel() // sequence.shape[-1]
-        sizes = {name: module.get_parameter(name).numel() for name in self.weight_names(module)}
+        assert isinstance(module, nn.RNNBase)
+        named = zip(module._flat_weights_names, module._flat_weights, strict=True)
+        sizes = {n: w.numel() for n, w in named if w is not None and n.startswith("weight")}
         first = sum(size for name, size in sizes.items() if name.startswith("weight_ih_l0"))
         rest = sum(sizes.values()) - first
         return (Product(steps * first, 0, 1), Product(steps * rest, None, 1))

@@ -75,6 +75,8 @@ def _foldable(model: nn.Module, graph: OpGraph, layer_path: str, norm_path: str)
         return False
     if not isinstance(layer, _FOLDABLE) or not isinstance(norm, _BatchNorm):
         return False
+    if type(norm).forward is not _BatchNorm.forward or "forward" in norm.__dict__:
+        return False  # it does more than normalise
     op = graph.ops[layer_path]
     shared = [o for o in graph.ops.values() if {r.path for r in o.weights} & {op.weights[0].path}]
     if len(shared) > 1 or norm.running_mean is None or norm.training:
@@ -156,6 +158,12 @@ def _on_output_channels(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tens
     return (grouped * per_group).view_as(weight)
 
 
+def _remade(base: type[nn.Module]) -> nn.Module:
+    """Make an empty module of a folded class: what copy and pickle begin with."""
+    folded = _folded_class(base)
+    return folded.__new__(folded)
+
+
 _folded_classes: dict[type, type[nn.Module]] = {}
 
 
@@ -168,6 +176,10 @@ def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
         def extra_repr(self: Any) -> str:
             return f"folded into {self.folded_into}"
 
-        body = {"forward": forward, "extra_repr": extra_repr}
+        def reduce_ex(self: Any, protocol: Any) -> Any:
+            reduced: Any = base.__reduce_ex__(self, 2)
+            return (_remade, (base,), *reduced[2:])
+
+        body = {"forward": forward, "extra_repr": extra_repr, "__reduce_ex__": reduce_ex}
         _folded_classes[base] = subclassed(base, body)
     return _folded_classes[base]
