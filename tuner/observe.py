@@ -79,6 +79,7 @@ class CalibratedRanges:
     def __init__(self, statistics: Mapping[tuple[str, int], TensorStatistics]) -> None:
         self._statistics = dict(statistics)
         self._known: dict[tuple[str, int, TensorScheme], QParams] = {}
+        self._by_values: dict[object, QParams] = {}
 
     def qparams(self, op: str, operand: int, scheme: TensorScheme) -> QParams:
         """Return the parameters of an operand under a static per-tensor scheme."""
@@ -96,9 +97,19 @@ class CalibratedRanges:
                     f"{op}: calibration saw no finite value of operand {operand}: give "
                     "calibration data that reaches this op"
                 )
-            low, high = calibrated_range(statistics, scheme)
-            self._known[key] = qparams_from_range(torch.tensor(low), torch.tensor(high), scheme)
+            self._known[key] = self._searched(statistics, scheme)
         return self._known[key]
+
+    def _searched(self, statistics: TensorStatistics, scheme: TensorScheme) -> QParams:
+        """Search a range once for all operands that saw the same values (query, key, value)."""
+        seen = statistics.overall
+        values = (seen.minimum, seen.maximum, seen.count, seen.total, seen.total_squared)
+        key = (values, tuple(statistics.batch_ranges), scheme)
+        if key not in self._by_values:
+            low, high = calibrated_range(statistics, scheme)
+            low_high = torch.tensor(low), torch.tensor(high)
+            self._by_values[key] = qparams_from_range(*low_high, scheme)
+        return self._by_values[key]
 
     def adopt(self, entries: Iterable[Sequence[Any]]) -> None:
         """Take parameters that were stored: [operation, operand, scheme, scale, zero point]."""
