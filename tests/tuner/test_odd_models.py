@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from tests.tuner.nets import ConvNet, Functional, inputs_for, seeded
+from tests.tuner.nets import ConvNet, Functional, Transposed, inputs_for, seeded
 from tuner import (
     AccuracyGoal,
     OpConfig,
@@ -169,8 +169,6 @@ def test_evaluations_do_not_touch_one_another() -> None:
         model.train()
         model(inputs)
         return 1.0
-
-    from tests.tuner.nets import Transposed
 
     net = seeded(Transposed)
     inputs = inputs_for(net, 16)
