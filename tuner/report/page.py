@@ -19,7 +19,7 @@ from tuner.report.source import ReportSource
 _TEMPLATE = "report.html"
 _OBJECTIVES = {"size": "size", "bops": "bit operations", "latency": "latency"}
 _STOPPED = {
-    "goal_met_and_minimal": "the goal is met and nothing cheaper is left to try",
+    "goal_met_and_minimal": "the goal is met and nothing cheaper is likely to meet it",
     "max_trials": "the budget of trials was used up",
     "timeout": "the time was used up",
     "exhausted": "the strategy had nothing left to try",
