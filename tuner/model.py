@@ -111,20 +111,16 @@ class InstrumentedModel:
     def _set(self, op: Op, config: OpConfig) -> None:
         for ref in op.weights:
             self.weights.set(ref, config.weight)
-        self._set_site(op, config)
-
-    def _set_site(self, op: Op, config: OpConfig) -> None:
         if config.is_float:
             self._current.pop(op.name, None)
             self.runtime.sites.pop(op.name, None)
             return
         self._current[op.name] = config
         site = self.runtime.site(op.name)
-        last = max(op.activations, default=-1) + 1
-        schemes = [config.input_scheme(i) if i in op.activations else None for i in range(last)]
+        schemes = {i: config.input_scheme(i) for i in op.activations}
         site.inputs = tuple(
-            None if scheme is None else self.quantizer(op, i, scheme)
-            for i, scheme in enumerate(schemes)
+            self.quantizer(op, i, scheme) if (scheme := schemes.get(i)) is not None else None
+            for i in range(op.operand_count)
         )
         site.output = None if config.output is None else self.quantizer(op, OUTPUT, config.output)
         site.note = partial(self._describe, op, config)

@@ -103,18 +103,14 @@ class Preparation:
         options = payload["options"]
         candidates = _candidates_from(options)
         damages = {
-            op: {label: entry["damage"] for label, entry in labels.items()}
-            for op, labels in options.items()
+            op: {c.config: options[op][c.label]["damage"] for c in found}
+            for op, found in candidates.items()
         }
         needless = folded_names(self.model.model, pairs)
         costs = CostModel(self.model.model, self._graph, needless)
         ops = self._graph.ops
         space = build_space(ops, candidates, damages, costs, self._config.objective)
-        by_config = {
-            op: {option.config: damages[op][option.label] for option in options}
-            for op, options in candidates.items()
-        }
-        return Prepared(self.model, self._graph, pairs, costs, space, by_config, payload)
+        return Prepared(self.model, self._graph, pairs, costs, space, damages, payload)
 
     def signature(self) -> str:
         """Describe the options of every op, whatever their damage: what a resumed study shares."""

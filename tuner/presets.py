@@ -65,10 +65,9 @@ def _int8_dynamic(op: Op, shapes: dict[str, tuple[int, ...]]) -> list[Candidate]
     per_token = TensorScheme(format="int8", granularity=PerToken(), dynamic=True)
     per_tensor = TensorScheme(format="uint8", symmetric=False, dynamic=True)
     rows = () if op.type.startswith("Conv") else _CONTRACT_LAST.get(op.type, (0,))
-    last = max(op.activations, default=-1) + 1
     inputs = tuple(
         (per_token if i in rows else per_tensor) if i in op.activations else None
-        for i in range(last)
+        for i in range(op.operand_count)
     )
     return [Candidate(_label(8, 8, op), OpConfig(weight=weight, inputs=inputs or None))]
 
@@ -108,8 +107,8 @@ def _weight_method(bits: int) -> CalibrationMethod:
 
 
 def _for_operands(op: Op, scheme: TensorScheme) -> tuple[TensorScheme | None, ...] | None:
-    last = max(op.activations, default=-1) + 1
-    return tuple(scheme if i in op.activations else None for i in range(last)) or None
+    indices = range(op.operand_count)
+    return tuple(scheme if i in op.activations else None for i in indices) or None
 
 
 def _label(weight_bits: int, input_bits: int, op: Op) -> str:

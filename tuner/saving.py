@@ -175,15 +175,11 @@ def _packed_now(
     ref: WeightRef, scheme: TensorScheme, model: InstrumentedModel
 ) -> dict[str, Tensor]:
     """Return the codes of the weight as it is on the model, trained further or not."""
-    current = _part(dict(model.model.named_parameters())[ref.path].detach().cpu(), ref)
+    current = ref.of(dict(model.model.named_parameters())[ref.path].detach().cpu())
     known = model.weights.packed(ref, scheme)
     packed = dict(known or _packed(ref, scheme, model.weights.original(ref)))
     value = _unpacked(ref, scheme, tuple(current.shape), packed).to(current.dtype)
     return packed if torch.equal(value, current) else _packed(ref, scheme, current)
-
-
-def _part(tensor: Tensor, ref: WeightRef) -> Tensor:
-    return tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]]
 
 
 def _packed(ref: WeightRef, scheme: TensorScheme, weight: Tensor) -> dict[str, Tensor]:
@@ -269,7 +265,7 @@ def _restore(
             start, stop = rows[:-1].split(":")
             _copy(name, storage[path][int(start) : int(stop)], tensor)
     for ref, scheme in weights.values():
-        target = _part(storage[ref.path], ref)
+        target = ref.of(storage[ref.path])
         if list(target.shape) != shapes.get(_stem(ref)):
             raise PlanError(
                 f"{_stem(ref)!r} has shape {list(target.shape)} in this model, and shape "
@@ -309,7 +305,7 @@ def _config(parts: Parts, activations: list[Any], files: Mapping[str, bytes]) ->
 def _shapes(parts: Parts) -> dict[str, list[int]]:
     parameters = dict(parts.model.model.named_parameters())
     refs = (ref for ref, _ in _weight_schemes(parts.model.ops, parts.plan).values())
-    return {_stem(ref): list(_part(parameters[ref.path], ref).shape) for ref in refs}
+    return {_stem(ref): list(ref.of(parameters[ref.path]).shape) for ref in refs}
 
 
 def _op(entry: Mapping[str, Any]) -> Op:

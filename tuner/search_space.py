@@ -146,13 +146,13 @@ def _fitted(op: Op, config: OpConfig) -> OpConfig:
             f"{op.name}: TensorScheme(backward_format=…) is for training, which this version does "
             "not have yet: leave it out"
         )
-    last = max(op.activations, default=-1) + 1
-    if isinstance(config.inputs, tuple) and len(config.inputs) > last:
+    count = op.operand_count
+    if isinstance(config.inputs, tuple) and len(config.inputs) > count:
         raise SpaceError(
-            f"{op.name} ({op.type}) has {last} input operands, but the rule's option gives "
+            f"{op.name} ({op.type}) has {count} input operands, but the rule's option gives "
             f"{len(config.inputs)}"
         )
-    inputs = tuple(config.input_scheme(i) if i in op.activations else None for i in range(last))
+    inputs = tuple(config.input_scheme(i) if i in op.activations else None for i in range(count))
     fitted = OpConfig(
         weight=config.weight if op.weights else None,
         inputs=inputs if any(inputs) else None,
@@ -222,13 +222,13 @@ def best_calibrations(
 def build_space(
     ops: Mapping[str, Op],
     candidates: Mapping[str, Sequence[Candidate]],
-    damages: Mapping[str, Mapping[str, float]],
+    damages: Mapping[str, Mapping[OpConfig, float]],
     costs: CostModel,
     objective: str,
 ) -> TuningSpace:
     """Return the units, their options' cost in the objective and their predicted damage.
 
-    `damages` maps op → label → damage. Ops with tied weights become one unit.
+    `damages` maps op → configuration → damage. Ops with tied weights become one unit.
     """
     units, spaces = [], []
     floats = 0.0
@@ -238,8 +238,7 @@ def build_space(
         choices = _joint_choices(members, candidates)
         options = []
         for choice in choices:
-            labels = {n: _label_of(candidates[n], choice.configs[n]) for n in group}
-            damage = sum(damages[name][label] for name, label in labels.items())
+            damage = sum(damages[name][config] for name, config in choice.configs.items())
             is_float = all(config.is_float for config in choice.configs.values())
             cost = price.of(members, choice.configs)
             options.append(Option(choice.label, cost, damage, is_float))
@@ -273,10 +272,6 @@ class _Price:
 
 def _kind(members: Sequence[Op]) -> str:
     return max(members, key=lambda op: op.macs).type
-
-
-def _label_of(candidates: Sequence[Candidate], config: OpConfig) -> str:
-    return next(c.label for c in candidates if c.config == config)
 
 
 def _tied(ops: Mapping[str, Op], candidates: Mapping[str, object]) -> list[tuple[str, ...]]:

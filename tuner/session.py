@@ -50,15 +50,16 @@ class Evaluator:
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         dtypes = [p.dtype for p in model.parameters()]
         try:
-            return read_score(self.eval_func(model), self.metric)
-        finally:
+            value = self.eval_func(model)
+        finally:  # what eval_func raised, Ctrl-C too, goes on as it is
             _restore_buffers(model, before)
             model.eval()
-            if [p.dtype for p in model.parameters()] != dtypes:
-                raise EvaluationError(
-                    "eval_func changed the type of the model's parameters: it must leave the "
-                    "model as it is (work on a copy)"
-                )
+        if [p.dtype for p in model.parameters()] != dtypes:
+            raise EvaluationError(
+                "eval_func changed the type of the model's parameters: it must leave the model "
+                "as it is (work on a copy)"
+            )
+        return read_score(value, self.metric)
 
 
 def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -32,14 +32,14 @@ class WeightStore:
 
     def original(self, ref: WeightRef) -> Tensor:
         """Return the float weight that the reference names."""
-        return _rows(self._originals[ref.path], ref)
+        return ref.of(self._originals[ref.path])
 
     def adopt(
         self, ref: WeightRef, weight: Tensor, scheme: TensorScheme, packed: Mapping[str, Tensor]
     ) -> None:
         """Take weights that were quantized before (a loaded plan) as they are, and their codes."""
         self._adopted[ref.key, scheme] = packed
-        target = _rows(self._parameters[ref.path].data, ref)
+        target = ref.of(self._parameters[ref.path].data)
         target.copy_(weight.to(target.dtype))
         self._schemes[ref.key] = scheme
 
@@ -79,7 +79,7 @@ class WeightStore:
             return
         if parameter.data_ptr() == original.data_ptr():
             parameter.data = original.clone()
-        _rows(parameter.data, ref).copy_(value)
+        ref.of(parameter.data).copy_(value)
 
     def quantized(self, ref: WeightRef, scheme: TensorScheme) -> Tensor:
         """Return the fake-quantized weight, computed once while the cache holds it."""
@@ -106,7 +106,3 @@ class WeightStore:
         for name, value in values.items():
             self._originals[name] = value
             self._parameters[name].data = value
-
-
-def _rows(tensor: Tensor, ref: WeightRef) -> Tensor:
-    return tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]]

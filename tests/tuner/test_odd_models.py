@@ -184,6 +184,15 @@ def test_an_eval_func_that_changes_the_dtype_is_told() -> None:
         fit(mlp(), [X], eval_func=lambda m: float(len(str(m.double()))))
 
 
+def test_what_eval_func_raises_is_not_hidden_by_what_it_did() -> None:
+    def eval_func(model: nn.Module) -> float:
+        model.double()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(mlp(), [X], eval_func=eval_func)
+
+
 def test_a_weight_used_whole_and_in_part() -> None:
     class Sliced(nn.Module):
         def __init__(self) -> None:

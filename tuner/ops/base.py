@@ -42,6 +42,10 @@ class WeightRef:
         """What identifies the storage: two references with equal keys are tied."""
         return self.path, self.rows
 
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the part of the parameter that is the weight."""
+        return parameter if self.rows is None else parameter[self.rows[0] : self.rows[1]]
+
 
 @dataclass(frozen=True)
 class Op:
@@ -60,6 +64,11 @@ class Op:
     output_shape: tuple[int, ...]
     parameters: int
     by_default: bool
+
+    @property
+    def operand_count(self) -> int:
+        """One more than the largest index of an activation: how long OpConfig.inputs may be."""
+        return max(self.activations, default=-1) + 1
 
     @property
     def macs(self) -> int:
