@@ -16,7 +16,6 @@ STRATEGIES = ("auto", "tpe", "random")
 SPACES = ("int8", "mixed-int")
 AUTO_TRIALS = 50
 SAMPLER_TRIALS = 100
-SAMPLER_TRIALS_OF = {"minilm": 30}
 
 
 def main() -> None:
@@ -25,7 +24,7 @@ def main() -> None:
     if not arguments.render_only:
         for name in arguments.models:
             task = MODELS[name]()
-            for config in _configs(name, arguments):
+            for config in _configs(arguments):
                 row = measure.run(name, task, config).to_dict()
                 tables.append(row, tables.RUNS)
                 print(
@@ -36,7 +35,7 @@ def main() -> None:
     tables.render()
 
 
-def _configs(model: str, arguments: argparse.Namespace) -> Iterator[TuningConfig]:
+def _configs(arguments: argparse.Namespace) -> Iterator[TuningConfig]:
     """Yield the runs of one model: every space with `auto`, the samplers in `mixed-int`."""
     for space in arguments.spaces:
         for strategy in arguments.strategies:
@@ -45,13 +44,13 @@ def _configs(model: str, arguments: argparse.Namespace) -> Iterator[TuningConfig
                     goal=AccuracyGoal(max_drop=arguments.max_drop),
                     space=space,
                     strategy=strategy,
-                    max_trials=arguments.max_trials or _max_trials(model, strategy),
+                    max_trials=arguments.max_trials or _max_trials(strategy),
                     seed=arguments.seed,
                 )
 
 
-def _max_trials(model: str, strategy: str) -> int:
-    return AUTO_TRIALS if strategy == "auto" else SAMPLER_TRIALS_OF.get(model, SAMPLER_TRIALS)
+def _max_trials(strategy: str) -> int:
+    return AUTO_TRIALS if strategy == "auto" else SAMPLER_TRIALS
 
 
 def _parser() -> argparse.ArgumentParser:
