@@ -7,7 +7,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from tuner import formats
 from tuner.granularity import Granularity, PerTensor, PerToken
 
-CalibrationMethod = Literal["minmax", "ema", "percentile", "mse", "entropy", "aciq", "histogram"]
+CalibrationMethod = Literal[
+    "minmax",
+    "ema",
+    "percentile",
+    "mse",
+    "entropy",
+    "aciq",
+    "aciq_laplace",
+    "aciq_gauss",
+    "histogram",
+]
 
 
 class TensorScheme(BaseModel):
