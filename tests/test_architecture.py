@@ -26,11 +26,12 @@ ROOT = Path(__file__).parents[1]
 # Inside `tuner`, a module imports only from its own line or a line above.
 ORDER = (
     ("errors", "version", "subclasses"),
+    ("float_layout",),
     ("formats", "granularity", "criteria", "tensors", "scores", "isolation"),
     ("schemes",),
     ("plan", "config"),
     ("kernels", "packing", "ranges", "histogram", "records"),
-    ("statistics", "calibrators", "calibrate", "ops", "batches"),
+    ("blocks", "statistics", "calibrators", "calibrate", "ops", "batches"),
     ("qparams", "quantizer", "weights"),
     ("sites", "graph", "capture", "model", "observe"),
     ("presets", "sensitivity", "costs", "recovery", "search_space"),

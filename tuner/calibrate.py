@@ -36,7 +36,7 @@ def calibrate(batches: Iterable[Tensor], scheme: TensorScheme) -> QParams:
         first = x if first is None else first
         _check_shape(x, first, scheme)
         nonfinite += x.numel() - int(torch.isfinite(x).sum())
-        summaries = _summarize_rows(to_rows(x, scheme.granularity), scheme)
+        summaries = _summarize_rows(to_rows(x, scheme.reach), scheme)
         rows = rows or [TensorStatistics() for _ in summaries]
         for statistics, summary in zip(rows, summaries, strict=True):
             statistics.merge(summary)
@@ -59,7 +59,7 @@ def _checked(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def _check_shape(x: Tensor, first: Tensor, scheme: TensorScheme) -> None:
     shapes = [tuple(t.shape) for t in (first, x)]
-    expected, found = (parameter_shape(shape, scheme.granularity) for shape in shapes)
+    expected, found = (parameter_shape(shape, scheme.reach) for shape in shapes)
     if expected != found:
         raise DataError(
             f"a batch of shape {list(x.shape)} gives scales of shape {list(found)}, "
@@ -92,5 +92,5 @@ def _report(count: int, nonfinite: int) -> None:
 def _qparams(rows: list[TensorStatistics], like: Tensor, scheme: TensorScheme) -> QParams:
     ranges = [calibrated_range(statistics, scheme) for statistics in rows]
     ends = torch.tensor(ranges, dtype=torch.float64).to(like.device, compute_dtype(like.dtype))
-    low, high = (from_rows(end, tuple(like.shape), scheme.granularity) for end in ends.unbind(-1))
+    low, high = (from_rows(end, tuple(like.shape), scheme.reach) for end in ends.unbind(-1))
     return qparams_from_range(low, high, scheme)

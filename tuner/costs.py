@@ -10,6 +10,7 @@ from math import ceil, prod
 
 from torch import Tensor, nn
 
+from tuner import formats
 from tuner.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from tuner.graph import OpGraph
 from tuner.ops import Op, WeightRef
@@ -19,6 +20,7 @@ from tuner.schemes import OpConfig, TensorScheme
 FLOAT_BITS = 32
 _SCALE_BYTES = 4
 _ZERO_POINT_BYTES = 4
+_BLOCK_SCALE_BYTES = {"e8m0": 1, "e4m3": 1, "bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,7 @@ class CostModel:
         shape = self.weight_shape(ref)
         if scheme is None:
             return float(prod(shape) * self._itemsizes[ref.path])
-        scales = scale_count(shape, scheme)
-        per_scale = _SCALE_BYTES + (0 if scheme.symmetric else _ZERO_POINT_BYTES)
-        return float(packed_size_bytes(prod(shape), scheme.bits) + scales * per_scale)
+        return float(packed_size_bytes(prod(shape), scheme.bits) + _scale_bytes(shape, scheme))
 
     def op_bytes(self, op: Op, config: OpConfig) -> float:
         """Return the bytes of an op's weights and of its static activation parameters."""
@@ -80,7 +80,7 @@ class CostModel:
     def activation_bytes(self, op: Op, config: OpConfig) -> float:
         """Return the bytes of an op's static activation parameters."""
         schemes = [config.input_scheme(i) for i in op.activations] + [config.output]
-        static = [s for s in schemes if s is not None and not s.is_dynamic]
+        static = [s for s in schemes if s is not None and s.needs_range]
         return float(len(static) * (_SCALE_BYTES + _ZERO_POINT_BYTES))
 
     def costs(self, plan: Mapping[str, OpConfig]) -> Costs:
@@ -109,9 +109,21 @@ def named_storage(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def _scale_bytes(shape: tuple[int, ...], scheme: TensorScheme) -> int:
+    """Return the bytes of all scales and zero points: block formats have scales of their own."""
+    fmt = formats.get(scheme.format)
+    if not fmt.scaled:
+        return 0
+    per_scale = _SCALE_BYTES + (0 if scheme.symmetric else _ZERO_POINT_BYTES)
+    if fmt.block is not None:
+        per_scale = _BLOCK_SCALE_BYTES[fmt.block.scale]
+    whole = _SCALE_BYTES if fmt.block is not None and fmt.block.scale == "e4m3" else 0
+    return scale_count(shape, scheme) * per_scale + whole
+
+
 def scale_count(shape: tuple[int, ...], scheme: TensorScheme) -> int:
     """Return how many scales a weight of this shape has."""
-    granularity = scheme.granularity
+    granularity = scheme.reach
     if isinstance(granularity, PerToken):
         return prod(shape[:-1])
     if isinstance(granularity, PerChannel):

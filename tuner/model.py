@@ -140,7 +140,7 @@ class InstrumentedModel:
         key = (op.name, index, scheme)
         if key not in self._quantizers:
             qparams = None
-            if not scheme.is_dynamic:
+            if scheme.needs_range:
                 assert self._ranges is not None
                 qparams = self._ranges.qparams(op.name, index, scheme)
             self._quantizers[key] = Quantizer(scheme, qparams)

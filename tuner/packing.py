@@ -1,7 +1,8 @@
-"""Integer codes of 2 to 16 bits as a dense stream of bits."""
+"""Codes of 2 to 32 bits as a dense stream of bits."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +12,18 @@ from torch import Tensor
 from tuner.errors import DataError
 
 _GROUP = 8  # eight codes of b bits fill b bytes exactly
+_CODE = np.uint16, np.uint32  # up to 16 bits, above
+_WORD = np.uint32, np.uint64  # a code shifted by up to 7 bits
 
 
 def code_dtype(bits: int, signed: bool) -> torch.dtype:
-    """Return the smallest of int8, uint8, int16 and int32 that holds codes of this width."""
+    """Return the smallest of int8, uint8, int16, int32 and int64 that holds codes of this width."""
     _check_bits(bits)
     if bits <= 8:
         return torch.int8 if signed else torch.uint8
-    return torch.int16 if signed or bits < 16 else torch.int32
+    if bits < 16 or (signed and bits == 16):
+        return torch.int16
+    return torch.int32 if bits < 32 or signed else torch.int64
 
 
 def packed_size_bytes(numel: int, bits: int) -> int:
@@ -44,7 +49,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     fits = low >= -(2 ** (bits - 1)) and high < (2 ** (bits - 1) if low < 0 else 2**bits)
     if not fits:
         raise DataError(f"codes from {low} to {high} do not fit {bits} bits")
-    packed = _pack(values.astype(np.uint16), bits)  # wraps around: two's complement
+    packed = _pack(values.astype(_CODE[bits > 16]), bits)  # wraps around: two's complement
     return torch.from_numpy(packed[: packed_size_bytes(values.size, bits)])
 
 
@@ -62,41 +67,43 @@ def unpack_codes(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) 
         )
     values = _unpack(packed.cpu().numpy(), bits, numel)
     if signed:
-        sign = np.uint16(1 << (bits - 1))
-        values = ((values ^ sign) - sign).view(np.int16)
+        sign = values.dtype.type(1 << (bits - 1))
+        values = ((values ^ sign) - sign).view(f"i{values.itemsize}")
     codes = torch.from_numpy(values.astype(_numpy_dtype(code_dtype(bits, signed))))
     return codes.reshape(tuple(shape))
 
 
-def _pack(values: NDArray[np.uint16], bits: int) -> NDArray[np.uint8]:
+def _pack(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return values.astype(np.uint8)
     if bits == 16:
         return values.astype("<u2").view(np.uint8)
-    values = values & np.uint16((1 << bits) - 1)
-    columns = _columns(values, _GROUP).astype(np.uint32)
+    word = _WORD[bits > 16]
+    values = values & values.dtype.type((1 << bits) - 1)
+    columns = _columns(values, _GROUP).astype(word)
     stream = np.zeros((bits, columns.shape[1]), dtype=np.uint8)
     for i, column in enumerate(columns):
         byte, shift = divmod(i * bits, 8)
-        shifted = column << np.uint32(shift)
+        shifted = column << word(shift)
         for k in range(-(-(shift + bits) // 8)):
-            stream[byte + k] |= (shifted >> np.uint32(8 * k)).astype(np.uint8)
+            stream[byte + k] |= (shifted >> word(8 * k)).astype(np.uint8)
     return np.ascontiguousarray(stream.T).reshape(-1)
 
 
-def _unpack(packed: NDArray[np.uint8], bits: int, numel: int) -> NDArray[np.uint16]:
+def _unpack(packed: NDArray[np.uint8], bits: int, numel: int) -> NDArray[Any]:
+    code, word = _CODE[bits > 16], _WORD[bits > 16]
     if bits == 8:
         return packed.astype(np.uint16)
     if bits == 16:
         return packed.view("<u2").astype(np.uint16)
-    stream = _columns(packed, bits).astype(np.uint32)
-    columns = np.empty((_GROUP, stream.shape[1]), dtype=np.uint16)
+    stream = _columns(packed, bits).astype(word)
+    columns = np.empty((_GROUP, stream.shape[1]), dtype=code)
     for i in range(_GROUP):
         byte, shift = divmod(i * bits, 8)
-        word = stream[byte] >> np.uint32(shift)
+        bits_here = stream[byte] >> word(shift)
         for k in range(1, -(-(shift + bits) // 8)):
-            word |= stream[byte + k] << np.uint32(8 * k - shift)
-        columns[i] = word & np.uint32((1 << bits) - 1)
+            bits_here |= stream[byte + k] << word(8 * k - shift)
+        columns[i] = bits_here & word((1 << bits) - 1)
     return np.ascontiguousarray(columns.T).reshape(-1)[:numel]
 
 
@@ -113,5 +120,5 @@ def _numpy_dtype(dtype: torch.dtype) -> str:
 
 
 def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 16:
-        raise DataError(f"codes of {bits} bits cannot be packed: choose 2 to 16")
+    if not 2 <= bits <= 32:
+        raise DataError(f"codes of {bits} bits cannot be packed: choose 2 to 32")

@@ -185,7 +185,7 @@ class Preparation:
         """Return the operands of every op that need a calibrated range."""
         wanted = {}
         for name, components in components_wanted(self._graph.ops, candidates).items():
-            static = (i for i, scheme in components if i != WEIGHT and not scheme.is_dynamic)
+            static = (i for i, scheme in components if i != WEIGHT and scheme.needs_range)
             wanted[name] = tuple(dict.fromkeys(static))
         return wanted
 
@@ -195,7 +195,7 @@ class Preparation:
         for name, candidates in _candidates_from(options).items():
             for candidate in candidates:
                 for index, scheme in components_of(self._graph.ops[name], candidate.config):
-                    if index != WEIGHT and not scheme.is_dynamic:
+                    if index != WEIGHT and scheme.needs_range:
                         found[name, index, scheme] = None
         return list(found)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tuner import formats
+from tuner.blocks import block_qparams, mx_scale_of
 from tuner.calibrators import calibrated_range, calibrated_row_ranges
 from tuner.errors import DataError, SchemeError
 from tuner.granularity import PerTensor
@@ -15,12 +16,15 @@ from tuner.kernels import (
     block_view,
     check_floats,
     clamped_steps,
+    codec_of,
     compute_dtype,
     from_rows,
-    inside,
+    masked_gradient,
     snap,
+    snap_mx,
     to_rows,
 )
+from tuner.kernels.codecs import FunctionCodec
 from tuner.packing import code_dtype
 from tuner.ranges import QParams, qparams_from_range, step_bounds
 from tuner.schemes import TensorScheme
@@ -40,29 +44,42 @@ __all__ = [
 def compute_qparams(x: Tensor, scheme: TensorScheme) -> QParams:
     """Return scale and zero point of a tensor from its own values, by the scheme's calibration.
 
-    Non-finite values are left out. Raises DataError if `x` is not a floating-point tensor,
-    SchemeError if it lacks the scheme's axis.
+    Non-finite values are left out (an MX block that holds one has the scale NaN). Raises DataError
+    if `x` is not a floating-point tensor, SchemeError if it lacks the scheme's axis.
     """
     check_floats(x, "quantization")
+    x = x.detach()
     with torch.no_grad():
-        low, high = _range(x.detach(), scheme)
+        fmt = formats.get(scheme.format)
+        if not fmt.scaled:
+            return QParams(1.0)
+        if fmt.block is not None:
+            return block_qparams(_at_least_1d(x), scheme)
+        low, high = _range(x, scheme)
         return qparams_from_range(low, high, scheme)
 
 
 def fake_quantize(x: Tensor, scheme: TensorScheme, qparams: QParams | None = None) -> Tensor:
     """Return `x` rounded to the values that the scheme can hold, in the dtype of `x`.
 
-    `y = (clamp(rne(x / s) + zp, qmin, qmax) − zp) · s`, with x / s in fp32 for half precision.
-    Scale and zero point come from `x` when they are not given. NaN stays NaN, ±inf saturates. The
-    gradient is passed straight through where `qmin <= x / s + zp <= qmax`, and is 0 elsewhere.
-    Raises DataError if `x` is not a floating-point tensor, SchemeError if `qparams` do not fit it.
+    Integers: `y = (clamp(rne(x / s) + zp, qmin, qmax) − zp) · s`; floats and codebooks: the nearest
+    value to x / s, times s; x / s in fp32 for half precision. Scale and zero point come from `x`
+    when they are not given. NaN stays NaN, ±inf saturates; floats keep −0. The gradient is passed
+    straight through where `qmin <= x / s + zp <= qmax` (|x / s| up to the largest number of a
+    float), and is 0 elsewhere; `backward_format` rounds it. Raises DataError if `x` is not a
+    floating-point tensor, SchemeError if `qparams` do not fit it.
     """
     check_floats(x, "quantization")
-    if qparams is None:
-        qparams = compute_qparams(x, scheme)
-    else:
-        check_scale(qparams)
-    return fake_quantize_on(x, grid_of(scheme, qparams, x))
+    if x.ndim == 0 and formats.get(scheme.format).block is not None:
+        return fake_quantize(x.reshape(1), scheme, qparams).reshape(())
+    if qparams is not None:
+        check_qparams(scheme, qparams)
+        return fake_quantize_on(x, grid_of(scheme, qparams, x))
+    if not (x.requires_grad and torch.is_grad_enabled()) and (mx := mx_scale_of(scheme)):
+        out = snap_mx(x, mx, codec_of(formats.get(scheme.format)))
+        if out is not None:
+            return out
+    return fake_quantize_on(x, grid_of(scheme, compute_qparams(x, scheme), x))
 
 
 def fake_quantize_on(x: Tensor, grid: Grid) -> Tensor:
@@ -73,53 +90,90 @@ def fake_quantize_on(x: Tensor, grid: Grid) -> Tensor:
 
 
 def quantize(x: Tensor, scheme: TensorScheme, qparams: QParams) -> Tensor:
-    """Return the integer codes `clamp(rne(x / s) + zp, qmin, qmax)` in `code_dtype`.
+    """Return the codes of the values that `fake_quantize` rounds to, in `code_dtype`.
 
-    Raises DataError if `x` is not a floating-point tensor or holds NaN, SchemeError if `qparams`
+    Integers: `clamp(rne(x / s) + zp, qmin, qmax)`. Floats: the bits of the format, the sign on top.
+    Codebooks: the index of the entry. Raises DataError if `x` is not a floating-point tensor, holds
+    a NaN that the format has no code for, or if the format is a function; SchemeError if `qparams`
     do not fit it.
     """
     check_floats(x, "quantization")
-    check_scale(qparams)
+    fmt = formats.get(scheme.format)
+    if x.ndim == 0 and fmt.block is not None:
+        return quantize(x.reshape(1), scheme, qparams).reshape(())
+    check_qparams(scheme, qparams)
     with torch.no_grad():
-        steps = clamped_steps(x.detach(), grid_of(scheme, qparams, x))
-        if bool(steps.isnan().any()):
-            raise DataError("NaN has no integer code: replace the NaN values before quantize()")
-        fmt = formats.get(scheme.format)
-        codes = steps.to(torch.int32)
+        grid = grid_of(scheme, qparams, x)
+        codes = grid.codec.encode(clamped_steps(x.detach(), grid))
         _shift(codes, scheme, qparams.zero_point, 1)
-        return codes.to(code_dtype(fmt.bits, fmt.signed))
+        return codes.to(code_dtype(fmt.bits, fmt.signed and fmt.kind == "int"))
 
 
 def dequantize(codes: Tensor, scheme: TensorScheme, qparams: QParams) -> Tensor:
-    """Return `(code − zp) · s` in fp32 (fp64 if the scale is an fp64 tensor).
+    """Return the values of codes: `(code − zp) · s` in fp32 (fp64 if the scale is an fp64 tensor).
 
     Raises DataError if `codes` are not integers, SchemeError if `qparams` do not fit them.
     """
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise DataError(f"dequantize needs integer codes, got {codes.dtype}: use quantize() first")
+    fmt = formats.get(scheme.format)
+    if codes.ndim == 0 and fmt.block is not None:
+        return dequantize(codes.reshape(1), scheme, qparams).reshape(())
     scale = qparams.scale
     double = isinstance(scale, Tensor) and scale.dtype == torch.float64
-    steps = codes.to(torch.int32, copy=True)
+    steps = codes.to(torch.int64, copy=True)
     _shift(steps, scheme, qparams.zero_point, -1)
-    values = steps.to(torch.float64 if double else torch.float32)
-    view = block_view(values, scheme.granularity)
-    view.mul_(_fit(scale, values, scheme))
+    values = codec_of(fmt).decode(steps).to(torch.float64 if double else torch.float32)
+    view = block_view(values, scheme.reach)
+    view.mul_(_fit(whole_scale(qparams), values, scheme))
     return values
 
 
 def grid_of(scheme: TensorScheme, qparams: QParams, like: Tensor) -> Grid:
     """Return the grid of a scheme for tensors of the device and dtype of `like`."""
+    fmt = formats.get(scheme.format)
     dtype = compute_dtype(like.dtype)
-    scale = _to(qparams.scale, like.device, dtype)
-    low, high = (_to(bound, like.device, dtype) for bound in step_bounds(scheme, qparams))
-    return Grid(scheme.granularity, scale, low, high)
+    scale = _to(whole_scale(qparams), like.device, dtype)
+    ends = step_bounds(scheme, qparams) if fmt.kind == "int" else _ends(fmt)
+    low, high = (_to(bound, like.device, dtype) for bound in ends)
+    inverse = None
+    if qparams.global_scale is not None:  # as hardware has it: x · ((1 / global) / scale)
+        inverse = _to(
+            1.0 / torch.as_tensor(qparams.global_scale) / qparams.scale, like.device, dtype
+        )
+    backward = fmt.backward, scheme.backward_format
+    return Grid(scheme.reach, scale, low, high, codec_of(fmt), inverse, *backward)
 
 
-def check_scale(qparams: QParams) -> None:
-    """Raise SchemeError if a scale is not a finite number above 0."""
-    scale = torch.as_tensor(qparams.scale)
-    if not bool(((scale > 0) & (scale < torch.inf)).all()):
+def whole_scale(qparams: QParams) -> Tensor | float:
+    """Return what a value of the format is multiplied with: the scale, times a global one."""
+    if qparams.global_scale is None:
+        return qparams.scale
+    return qparams.scale * qparams.global_scale
+
+
+def check_qparams(scheme: TensorScheme, qparams: QParams) -> None:
+    """Raise SchemeError for a scale that is not finite and above 0, or a zero point out of range.
+
+    The scale of an MX block may be NaN: so is the block.
+    """
+    scale = torch.as_tensor(whole_scale(qparams))
+    is_nan = scale.isnan() if mx_scale_of(scheme) else torch.zeros_like(scale, dtype=torch.bool)
+    if not bool(((scale > 0) & (scale < torch.inf) | is_nan).all()):
         raise SchemeError(f"a scale must be a finite number above 0, got {qparams.scale}")
+    if qparams.zero_point is None:
+        return
+    zero_point = torch.as_tensor(qparams.zero_point)
+    if formats.get(scheme.format).kind != "int":
+        if bool((zero_point != 0).any()):
+            raise SchemeError(f"{scheme.format} has no zero point, got {qparams.zero_point}")
+        return
+    low, high = scheme.quant_range
+    if not bool(((zero_point >= low) & (zero_point <= high)).all()):
+        raise SchemeError(
+            f"a zero point must be one of the codes {low} to {high} of the scheme, "
+            f"got {qparams.zero_point}"
+        )
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -131,17 +185,39 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Grid], output: Tensor) -> None:
-        ctx.save_for_backward(inside(*inputs))
+        x, ctx.grid = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return gradient * mask, None
+        (x,) = ctx.saved_tensors
+        return _gradient(x, gradient, ctx.grid), None
+
+
+def _gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
+    if grid.backward is not None:
+        return grid.backward(gradient)
+    if grid.backward_format is not None:
+        with torch.no_grad():
+            gradient = fake_quantize(gradient, TensorScheme(format=grid.backward_format))
+    if isinstance(grid.codec, FunctionCodec):
+        return gradient
+    return masked_gradient(x, gradient, grid)
+
+
+def _ends(fmt: formats.Format) -> tuple[float, float]:
+    if fmt.codebook:
+        return fmt.codebook[0], fmt.codebook[-1]
+    return -fmt.largest, fmt.largest
+
+
+def _at_least_1d(x: Tensor) -> Tensor:
+    return x.reshape(1) if x.ndim == 0 else x
 
 
 def _range(x: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor]:
     x = x.to(compute_dtype(x.dtype)) if scheme.calibration != "minmax" else x
-    granularity = scheme.granularity
+    granularity = scheme.reach
     if isinstance(granularity, PerTensor) and scheme.calibration != "minmax":
         statistics = TensorStatistics()
         statistics.update(x)
@@ -165,12 +241,12 @@ def _to(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tens
 
 def _shift(codes: Tensor, scheme: TensorScheme, zero_point: Tensor | int | None, sign: int) -> None:
     if zero_point is not None:
-        view = block_view(codes, scheme.granularity)
+        view = block_view(codes, scheme.reach)
         view.add_(_fit(zero_point, codes, scheme), alpha=sign)
 
 
 def _fit(value: Tensor | float, x: Tensor, scheme: TensorScheme) -> Tensor | float:
     if isinstance(value, Tensor):
         value = value.detach().to(x.device)
-        return block_parameter(value, tuple(x.shape), scheme.granularity)
+        return block_parameter(value, tuple(x.shape), scheme.reach)
     return value

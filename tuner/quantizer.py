@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
+from tuner import formats
+from tuner.granularity import PerBlock, PerGroup
 from tuner.kernels import Grid, check_floats, snap
 from tuner.qparams import (
     QParams,
-    check_scale,
-    compute_qparams,
+    check_qparams,
+    fake_quantize,
     fake_quantize_on,
     grid_of,
+    whole_scale,
 )
 from tuner.schemes import TensorScheme
 
@@ -22,8 +25,11 @@ class Quantizer:
     """
 
     def __init__(self, scheme: TensorScheme, qparams: QParams | None = None) -> None:
+        fmt = formats.get(scheme.format)
         if qparams is not None:
-            check_scale(qparams)
+            check_qparams(scheme, qparams)
+        elif not fmt.scaled:
+            qparams = QParams(1.0)
         self.scheme = scheme
         self.qparams = qparams
         self._grids: dict[tuple[torch.device, torch.dtype], Grid] = {}
@@ -32,19 +38,23 @@ class Quantizer:
         check_floats(x, "quantization")
         # what follows is arithmetic on plain tensors: no function mode needs to see it
         with torch._C.DisableTorchFunction():
-            grid = self._grid(x)
+            if self.qparams is None:
+                return fake_quantize(x, self.scheme)
+            grid = self._grid(x, self.qparams)
             if x.requires_grad and torch.is_grad_enabled():
                 return fake_quantize_on(x, grid)
             return snap(x, grid)
 
     def describe(self) -> str:
         """Return one line for people: 'int8 per-tensor affine, scale 0.0123, zero point 12'."""
-        scheme = self.scheme
-        kind = "symmetric" if scheme.symmetric else "affine"
-        text = f"{scheme.format} {_granularity(scheme)} {kind}"
+        scheme, fmt = self.scheme, formats.get(self.scheme.format)
+        text = f"{fmt.name} {_reach(scheme)}" if fmt.scaled else fmt.name
+        if fmt.kind == "int" and fmt.block is None:
+            text += " symmetric" if scheme.symmetric else " affine"
         if self.qparams is None:
             return f"{text}, dynamic"
-        text += f", scale {_span(self.qparams.scale)}"
+        if fmt.scaled:
+            text += f", scale {_span(whole_scale(self.qparams))}"
         if self.qparams.zero_point is not None:
             text += f", zero point {_span(self.qparams.zero_point)}"
         return text
@@ -52,18 +62,18 @@ class Quantizer:
     def __repr__(self) -> str:
         return f"Quantizer({self.describe()})"
 
-    def _grid(self, x: Tensor) -> Grid:
-        if self.qparams is None:
-            return grid_of(self.scheme, compute_qparams(x, self.scheme), x)
+    def _grid(self, x: Tensor, qparams: QParams) -> Grid:
         key = x.device, x.dtype
         grid = self._grids.get(key)
         if grid is None:
-            grid = self._grids[key] = grid_of(self.scheme, self.qparams, x)
+            grid = self._grids[key] = grid_of(self.scheme, qparams, x)
         return grid
 
 
-def _granularity(scheme: TensorScheme) -> str:
-    return scheme.granularity.kind.replace("_", "-")
+def _reach(scheme: TensorScheme) -> str:
+    reach = scheme.reach
+    words = reach.kind.replace("_", "-")
+    return f"{words} of {reach.size}" if isinstance(reach, PerGroup | PerBlock) else words
 
 
 def _span(value: Tensor | float) -> str:

@@ -15,11 +15,13 @@ class QParams:
 
     Numbers, or tensors in the shape that the scheme's granularity gives: per-tensor `[]`,
     per-channel `[C]`, per-group the tensor's shape with its axis replaced by `ceil(n / size)`,
-    per-token the tensor's shape with a last axis of 1. No zero point means 0.
+    per-token the tensor's shape with a last axis of 1. No zero point means 0. NVFP4 has a
+    `global_scale` beside the scales of its blocks: the product of both is what counts.
     """
 
     scale: Tensor | float
     zero_point: Tensor | int | None = None
+    global_scale: Tensor | float | None = None
 
 
 def symmetric_zero_point(scheme: TensorScheme) -> int:
@@ -39,10 +41,18 @@ def qparams_from_range(low: Tensor, high: Tensor, scheme: TensorScheme) -> QPara
     The range is extended to hold 0. Symmetric: `s = max(|low|, |high|) / n` with n the number of
     codes on the shorter side of the zero point (the longer, if the shorter has none). Affine:
     `s = (high − low) / (qmax − qmin)`, `zero_point = clamp(qmin − rne(low / s), qmin, qmax)`.
-    Only a range of exactly 0 is special: its scale is 1.
+    Other formats: `s = max(|low|, |high|) / m`, m their largest magnitude; those without a scale
+    (fp16, bf16, fp32) get 1. Only a range of exactly 0 is special: its scale is 1.
     """
     dtype = torch.promote_types(low.dtype, torch.float32)
+    fmt = formats.get(scheme.format)
+    if not fmt.scaled:
+        return QParams(1.0)
     low, high = low.double(), high.double()
+    if fmt.kind != "int":
+        span = torch.maximum(-low, high)
+        scale = _scale(span, fmt.largest, scheme)
+        return QParams(_in_reach(scale, dtype, fmt.largest, fmt.largest))
     if scheme.symmetric:
         return _symmetric(torch.maximum(-low, high), dtype, scheme)
     return _affine(low.clamp(max=0.0), high.clamp(min=0.0), dtype, scheme)
@@ -52,7 +62,8 @@ def _symmetric(amax: Tensor, dtype: torch.dtype, scheme: TensorScheme) -> QParam
     codes = scheme.quant_range
     zero = symmetric_zero_point(scheme)
     sides = codes[1] - zero, zero - codes[0]
-    scale = _representable(_scale(amax, min(sides) or max(sides), scheme), zero, dtype, codes)
+    scale = _scale(amax, min(sides) or max(sides), scheme)
+    scale = _in_reach(scale, dtype, codes[1] - codes[0], max(sides))
     zero_point = torch.full_like(scale, zero, dtype=torch.int32) if zero else None
     return QParams(scale, zero_point)
 
@@ -65,7 +76,8 @@ def _affine(low: Tensor, high: Tensor, dtype: torch.dtype, scheme: TensorScheme)
     steps = low / scale if scheme.power_of_two_scale else low * levels / (high - low)
     steps = steps.round_().nan_to_num_(0.0)  # 0 / 0: a range of exactly 0
     zero_point = (codes[0] - steps).clamp_(*codes).to(torch.int32)
-    return QParams(_representable(scale, zero_point, dtype, codes), zero_point)
+    sides = torch.maximum(zero_point - codes[0], codes[1] - zero_point)
+    return QParams(_in_reach(scale, dtype, levels, sides), zero_point)
 
 
 def step_bounds(
@@ -80,7 +92,7 @@ def step_bounds(
     return float(low - zero), float(high - zero)
 
 
-def _scale(span: Tensor, levels: int, scheme: TensorScheme) -> Tensor:
+def _scale(span: Tensor, levels: float, scheme: TensorScheme) -> Tensor:
     scale = span / levels
     if scheme.power_of_two_scale:
         mantissa, exponent = torch.frexp(scale)
@@ -89,18 +101,18 @@ def _scale(span: Tensor, levels: int, scheme: TensorScheme) -> Tensor:
     return scale
 
 
-def _representable(
-    scale: Tensor, zero_point: Tensor | int, dtype: torch.dtype, codes: tuple[int, int]
-) -> Tensor:
-    """Keep the scale above 0 in `dtype` and every level finite; let a scale of 0 become 1."""
-    largest = torch.finfo(dtype).max * (1 - 2.0**-22)
+def _in_reach(scale: Tensor, dtype: torch.dtype, span: float, largest: Tensor | float) -> Tensor:
+    """Keep the scale above 0 in `dtype` and every level finite; let a scale of 0 become 1.
+
+    `largest` is the largest magnitude in units of the scale, `span` at least as much.
+    """
+    most_finite = torch.finfo(dtype).max * (1 - 2.0**-22)
     smallest = torch.finfo(dtype).tiny
     if scale.numel():
         least, most = (end.item() for end in torch.aminmax(scale))
-        if smallest <= least and most * (codes[1] - codes[0]) <= largest:
+        if smallest <= least and most * span <= most_finite:
             return scale.to(dtype)
     quantum = smallest * torch.finfo(dtype).eps  # of subnormal numbers: rounded up, never to 0
     scale = torch.where(scale < smallest, (scale / quantum).ceil() * quantum, scale)
-    zero = torch.as_tensor(zero_point, device=scale.device)
-    limit = largest / torch.maximum(zero - codes[0], codes[1] - zero)
+    limit = torch.as_tensor(most_finite / largest, dtype=scale.dtype, device=scale.device)
     return torch.where(scale == 0, 1.0, torch.minimum(scale, limit)).to(dtype)

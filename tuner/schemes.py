@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tuner import formats
-from tuner.granularity import Granularity, PerTensor, PerToken
+from tuner.granularity import Granularity, PerBlock, PerTensor, PerToken
 
 CalibrationMethod = Literal[
     "minmax",
@@ -20,11 +20,17 @@ CalibrationMethod = Literal[
 ]
 
 
+_INTEGER_ONLY = ("symmetric", "narrow", "reduce_range", "quant_min", "quant_max")
+
+
 class TensorScheme(BaseModel):
     """How one tensor is quantized: format, granularity, zero point, range and calibration.
 
     `dynamic` takes the range from the tensor itself at run time; otherwise it is calibrated once.
-    `narrow` leaves out the most negative code; `reduce_range` drops one bit of range;
+    Block formats have a scale of their own for each block on the last axis, whatever the
+    granularity says; fp16, bf16 and fp32 have no scale. `backward_format` rounds the gradient that
+    flows back, scaled so that its largest magnitude fits. For integers only: `symmetric=False` has
+    a zero point; `narrow` leaves out the most negative code; `reduce_range` drops one bit of range;
     `quant_min` and `quant_max` set the range of codes freely inside the format's own range.
     """
 
@@ -53,17 +59,35 @@ class TensorScheme(BaseModel):
         return name
 
     @model_validator(mode="after")
-    def _codes_fit(self) -> "TensorScheme":
-        if formats.get(self.format).kind != "int":
-            return self
+    def _fits_the_format(self) -> "TensorScheme":
+        fmt = formats.get(self.format)
+        if fmt.kind != "int" or fmt.block is not None:
+            self._refuse(_INTEGER_ONLY, f"{self.format} has no zero point and no range of codes")
+        if fmt.kind == "int":
+            self._check_codes(fmt)
+        if fmt.block is not None:
+            self._refuse(
+                ("calibration", "power_of_two_scale"),
+                f"{self.format} takes the scale of a block from its largest magnitude",
+            )
+        if fmt.block is None or fmt.block.scale != "e8m0":
+            self._refuse(("scale_rounding",), f"{self.format} has no E8M0 scale to round")
+        return self
+
+    def _refuse(self, fields: tuple[str, ...], why: str) -> None:
+        for name in fields:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(f"{why}: leave {name} at {default!r}, got {value!r}")
+
+    def _check_codes(self, fmt: formats.Format) -> None:
         low, high = self.quant_range
-        full_low, full_high = formats.get(self.format).int_range
+        full_low, full_high = fmt.int_range
         if not full_low <= low < high <= full_high:
             raise ValueError(
                 f"quant_min={low} and quant_max={high} do not fit {self.format}: "
                 f"choose {full_low} <= quant_min < quant_max <= {full_high}"
             )
-        return self
 
     @property
     def bits(self) -> int:
@@ -74,23 +98,35 @@ class TensorScheme(BaseModel):
     def quant_range(self) -> tuple[int, int]:
         """The smallest and largest integer code that this scheme uses.
 
-        `reduce_range` halves both ends; `narrow` drops the most negative code;
-        what `quant_min` and `quant_max` say comes last.
+        `reduce_range` halves both ends; `narrow` drops the most negative code, as block formats of
+        integers do; what `quant_min` and `quant_max` say comes last.
         """
         fmt = formats.get(self.format)
         low, high = fmt.int_range
         if self.reduce_range:
             low, high = (low // 2, high // 2)
-        if self.narrow and fmt.signed:
+        if fmt.signed and (self.narrow or fmt.block is not None):
             low += 1
         low = low if self.quant_min is None else self.quant_min
         high = high if self.quant_max is None else self.quant_max
         return low, high
 
     @property
+    def reach(self) -> Granularity:
+        """The granularity of the scales: that of a block format, else the scheme's own."""
+        block = formats.get(self.format).block
+        return self.granularity if block is None else PerBlock(block.size)
+
+    @property
     def is_dynamic(self) -> bool:
-        """Whether the range is taken from the tensor at run time (per-token always is)."""
-        return self.dynamic or isinstance(self.granularity, PerToken)
+        """Whether scales come from the tensor at run time (per token and block they always do)."""
+        per_token = isinstance(self.granularity, PerToken)
+        return self.dynamic or per_token or formats.get(self.format).block is not None
+
+    @property
+    def needs_range(self) -> bool:
+        """Whether a range must be known before a tensor can be quantized."""
+        return formats.get(self.format).scaled and not self.is_dynamic
 
 
 class OpConfig(BaseModel):

@@ -185,7 +185,7 @@ def components_wanted(
 
 def calibration_variants(scheme: TensorScheme) -> list[TensorScheme]:
     """Return an input's scheme with each of the calibration methods worth a try."""
-    if scheme.is_dynamic or scheme.calibration not in INPUT_CALIBRATIONS:
+    if not scheme.needs_range or scheme.calibration not in INPUT_CALIBRATIONS:
         return [scheme]
     others = [m for m in INPUT_CALIBRATIONS if m != scheme.calibration]
     return [scheme, *(scheme.model_copy(update={"calibration": m}) for m in others)]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tuner.errors import DataError
 from tuner.packing import code_dtype, pack_codes, packed_size_bytes, unpack_codes
 
-WIDTHS = range(2, 17)
+WIDTHS = range(2, 33)
 
 
 def random_codes(bits: int, signed: bool, *shape: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ ERRORS = {
     "floats": lambda: pack_codes(torch.tensor([1.0]), 4),
     "bool": lambda: pack_codes(torch.tensor([True]), 4),
     "one bit": lambda: pack_codes(torch.tensor([1]), 1),
-    "17 bits": lambda: packed_size_bytes(3, 17),
+    "33 bits": lambda: packed_size_bytes(3, 33),
     "truncated": lambda: unpack_codes(torch.zeros(2, dtype=torch.uint8), 8, True, (3,)),
     "too long": lambda: unpack_codes(torch.zeros(4, dtype=torch.uint8), 8, True, (3,)),
     "no bytes": lambda: unpack_codes(torch.zeros(3), 8, True, (3,)),

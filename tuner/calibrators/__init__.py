@@ -3,16 +3,18 @@
 from tuner.calibrators.base import Range, RowRanges
 from tuner.calibrators.table import (
     CALIBRATORS,
-    ROW_CALIBRATORS,
+    Calibrator,
     calibrated_range,
     calibrated_row_ranges,
+    calibrator,
 )
 
 __all__ = [
     "CALIBRATORS",
-    "ROW_CALIBRATORS",
+    "Calibrator",
     "Range",
     "RowRanges",
     "calibrated_range",
     "calibrated_row_ranges",
+    "calibrator",
 ]

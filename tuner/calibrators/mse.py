@@ -1,14 +1,13 @@
 """The range of least mean squared quantization error."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from tuner.calibrators import minmax
 from tuner.calibrators.base import Range, RowRanges, finite_rows
-from tuner.histogram import BINS
+from tuner.calibrators.density import density_of
+from tuner.calibrators.grid_error import grid_error
+from tuner.calibrators.search import Error, Sweep, best_ends, best_magnitude, best_pair
 from tuner.kernels import clamp_steps
 from tuner.ranges import qparams_from_range, step_bounds
 from tuner.schemes import TensorScheme
@@ -16,55 +15,27 @@ from tuner.statistics import TensorStatistics
 
 _CHUNK = 128 * 1024  # values that stay in the cache over all candidates
 
-_Error = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    """Which fractions of the full range are tried: `coarse` from 1 to `smallest`, then `fine`."""
-
-    coarse: int
-    smallest: float
-    fine: int
-
-    def ratios(self, like: Tensor) -> Tensor:
-        """Return the coarse fractions, a geometric series `[coarse, 1]`."""
-        exponents = torch.linspace(0, 1, self.coarse, dtype=torch.float64)
-        return torch.pow(self.smallest, exponents).to(like).unsqueeze(-1)
-
-    def nearby(self, like: Tensor) -> Tensor:
-        """Return factors `[fine, 1]` from one coarse fraction to the next, 1 in the middle."""
-        step = self.smallest ** (1 / (self.coarse - 1))
-        exponents = torch.linspace(1, -1, self.fine, dtype=torch.float64)
-        return torch.pow(step, exponents).to(like).unsqueeze(-1)
-
-
-_HISTOGRAM_SWEEP = _Sweep(coarse=36, smallest=0.005, fine=17)
-_ROW_SWEEP = _Sweep(coarse=20, smallest=0.06, fine=15)
+_HISTOGRAM_SWEEP = Sweep(coarse=48, smallest=0.005, fine=33)
+_ROW_SWEEP = Sweep(coarse=20, smallest=0.06, fine=15)
 
 
 def range_of(statistics: TensorStatistics, scheme: TensorScheme) -> Range:
-    """Return the range that minimises Σ count · err² over the histogram.
+    """Return the range that minimises Σ (x − Q(x))² over the density of the histogram.
 
-    The error of a bin is the integral of (x − Q(x))² over it, clipping included, with Q the grid
-    that `qparams_from_range` gives: the real levels of the scheme.
+    Clipping is included, and Q is the grid that `qparams_from_range` gives: the real levels of
+    the scheme.
     """
-    histogram = statistics.overall.histogram
-    if histogram is None:
+    density = density_of(statistics.overall)
+    if density is None:
         return 0.0, 0.0
-    counts = histogram.counts.copy()
-    counts[BINS // 2] -= statistics.overall.zeros  # 0 is on every grid: no error
-    used = counts.nonzero()[0]
-    if not used.size:
-        return 0.0, 0.0
-    edges = histogram.edges[used[0] : used[-1] + 2]
-    edges = edges.clip(statistics.minimum, statistics.maximum)
-    density = torch.from_numpy(counts[used[0] : used[-1] + 1]).double()
-    error = _histogram_error(density, torch.from_numpy(edges), scheme)
-    low = torch.tensor([statistics.minimum], dtype=torch.float64)
-    high = torch.tensor([statistics.maximum], dtype=torch.float64)
-    low, high = _search(error, low, high, scheme, _HISTOGRAM_SWEEP)
-    return float(low), float(high)
+    error = grid_error(density, scheme)
+    if scheme.symmetric:
+        full = torch.tensor([statistics.amax], dtype=torch.float64)
+        amax = float(best_magnitude(error, full, _HISTOGRAM_SWEEP)[1])
+        return -amax, amax
+    codes = scheme.quant_range
+    low, high = min(statistics.minimum, 0.0), max(statistics.maximum, 0.0)
+    return best_pair(error, low, high, codes[1] - codes[0] + 1)
 
 
 def row_ranges(rows: Tensor, scheme: TensorScheme) -> RowRanges:
@@ -74,82 +45,15 @@ def row_ranges(rows: Tensor, scheme: TensorScheme) -> RowRanges:
         return low, high
     if not bool(rows.sum().isfinite()):
         rows = finite_rows(rows)
-    return _search(_row_error(rows, scheme), low, high, scheme, _ROW_SWEEP)
-
-
-def _search(
-    error: _Error, low: Tensor, high: Tensor, scheme: TensorScheme, sweep: _Sweep
-) -> RowRanges:
-    """Shrink the ranges `low`, `high` `[rows]`, to those of least error.
-
-    `error` takes candidates `[k, rows]` and returns their errors.
-    """
+    error = _row_error(rows, scheme)
     if scheme.symmetric:
-        return _search_magnitude(error, torch.maximum(-low, high), sweep)
-    return _search_ends(error, low.clamp(max=0), high.clamp(min=0), scheme, sweep)
-
-
-def _search_magnitude(error: _Error, full: Tensor, sweep: _Sweep) -> RowRanges:
-    coarse = full * sweep.ratios(full)
-    amax = _best(error, -coarse, coarse)[1]
-    fine = torch.minimum(amax * sweep.nearby(full), full)
-    return _best(error, -fine, fine)
-
-
-def _search_ends(
-    error: _Error, full_low: Tensor, full_high: Tensor, scheme: TensorScheme, sweep: _Sweep
-) -> RowRanges:
-    """Sweep both ends together or one alone, each with the other fixed, the zero point, and finely.
-
-    At few bits the zero point decides: there the error has a minimum for each of its values.
-    """
-    ratios, nearby = sweep.ratios(full_low), sweep.nearby(full_low)
-    lows, highs = full_low * ratios, full_high * ratios
-    all_low, all_high = full_low.expand_as(lows), full_high.expand_as(highs)
-    low, high = _best(error, torch.cat([lows, all_low, lows]), torch.cat([highs, highs, all_high]))
-    low, high = _best(error, lows, high.expand_as(highs))
-    low, high = _best(error, low.expand_as(lows), highs)
-
+        return best_magnitude(error, torch.maximum(-low, high), _ROW_SWEEP)
     codes = scheme.quant_range
-    step = (high - low) / (codes[1] - codes[0])
-    shift = torch.tensor([-2, -1, 0, 1, 2]).to(low).view(-1, 1, 1) * step
-    near_low, near_high = ((end * nearby[::2] + shift).flatten(0, 1) for end in (low, high))
-    low, high = _best(
-        error, near_low.clamp(max=0).maximum(full_low), near_high.clamp(min=0).minimum(full_high)
-    )
-    near = torch.maximum(low * nearby, full_low)
-    low, high = _best(error, near, high.expand_as(near))
-    near = torch.minimum(high * nearby, full_high)
-    return _best(error, low.expand_as(near), near)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    return best_ends(error, low, high, codes[1] - codes[0], _ROW_SWEEP)
 
 
-def _best(error: _Error, low: Tensor, high: Tensor) -> RowRanges:
-    index = error(low, high).argmin(0, keepdim=True)
-    return low.gather(0, index).squeeze(0), high.gather(0, index).squeeze(0)
-
-
-def _histogram_error(density: Tensor, edges: Tensor, scheme: TensorScheme) -> _Error:
-    """Integrate the squared error over bins with `density` values each, evenly spread.
-
-    With `v = x / s` and `r = clamp(rne(v), low, high)` the antiderivative of `(v − r)²` is
-    `r / 12 + (v − r)³ / 3`, clipping included.
-    """
-
-    def error(low: Tensor, high: Tensor) -> Tensor:
-        qparams = qparams_from_range(low, high, scheme)
-        scale = torch.as_tensor(qparams.scale)
-        steps = edges / scale
-        rounded = torch.clamp(steps.round(), *step_bounds(scheme, qparams))
-        rest = steps - rounded
-        integral = (rounded / 12 + rest**3 / 3).diff()
-        width = steps.diff()
-        mean = torch.where(width > 1e-6, integral / width, rest[:, 1:] ** 2)
-        return scale**2 * (mean @ density).unsqueeze(-1)
-
-    return error
-
-
-def _row_error(rows: Tensor, scheme: TensorScheme) -> _Error:
+def _row_error(rows: Tensor, scheme: TensorScheme) -> Error:
     """Sum the squared error of each row's values."""
     length = max(1, _CHUNK // rows.shape[1])
 

@@ -1,12 +1,12 @@
 """The fast paths behind `tuner.qparams`."""
 
+from tuner.kernels.codecs import Codec, clamp_steps, codec_of
 from tuner.kernels.grid import (
     Grid,
     check_floats,
-    clamp_steps,
     clamped_steps,
     compute_dtype,
-    inside,
+    masked_gradient,
     snap,
 )
 from tuner.kernels.layout import (
@@ -17,19 +17,24 @@ from tuner.kernels.layout import (
     parameter_shape,
     to_rows,
 )
+from tuner.kernels.native import MxScale, snap_mx
 
 __all__ = [
+    "Codec",
     "Grid",
+    "MxScale",
     "block_parameter",
     "block_view",
     "check_floats",
     "clamp_steps",
     "clamped_steps",
+    "codec_of",
     "compute_dtype",
     "flat_view",
     "from_rows",
-    "inside",
+    "masked_gradient",
     "parameter_shape",
     "snap",
+    "snap_mx",
     "to_rows",
 ]

@@ -1,6 +1,6 @@
-"""Rounding to a uniform grid, in place over cache-sized chunks of one fresh output."""
+"""Rounding to the grid of a format: natively, or in torch over cache-sized chunks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,11 @@ from torch import Tensor
 
 from tuner.errors import DataError
 from tuner.granularity import Granularity
+from tuner.kernels.codecs import Bound, Codec
 from tuner.kernels.layout import block_parameter, block_view
+from tuner.kernels.native import mask as native_mask
+from tuner.kernels.native import snap as native_snap
+from tuner.kernels.native import takes
 
 _CHUNK = 128 * 1024  # values a thread keeps in its cache
 _HALVES = (torch.float16, torch.bfloat16)
@@ -17,16 +21,22 @@ _FLOATS = (torch.float32, torch.float64, *_HALVES)
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The values `k · scale` with integer `low <= k <= high`.
+    """The values `v · scale` with `low <= v <= high`, v being a value of the codec's format.
 
     `scale`, `low` and `high` are numbers, or tensors shaped as `granularity` has it, on the device
-    of the tensors to come and in the dtype of `compute_dtype`.
+    of the tensors to come and in the dtype of `compute_dtype`. Where `inverse` is given, values
+    are multiplied with it instead of divided by the scale. `backward` turns gradients, or
+    `backward_format` names what they are rounded to.
     """
 
     granularity: Granularity
-    scale: float | Tensor
-    low: float | Tensor
-    high: float | Tensor
+    scale: Bound
+    low: Bound
+    high: Bound
+    codec: Codec
+    inverse: Bound | None = None
+    backward: Callable[[Tensor], Tensor] | None = None
+    backward_format: str | None = None
 
 
 def check_floats(x: object, purpose: str) -> None:
@@ -43,80 +53,91 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def snap(x: Tensor, grid: Grid) -> Tensor:
-    """Return `clamp(rne(x / scale), low, high) · scale` in the dtype and memory format of `x`."""
+    """Return `codec(x / scale) · scale` in the dtype and memory format of `x`.
+
+    For integers that is `clamp(rne(x / scale), low, high) · scale`.
+    """
+    if grid.inverse is None and takes(x):
+        out = native_snap(x, grid.granularity, grid.scale, grid.low, grid.high, grid.codec)
+        if out is not None:
+            return out
+    return _snap_in_torch(x, grid)
+
+
+def _snap_in_torch(x: Tensor, grid: Grid) -> Tensor:
     if x.dtype not in _HALVES and _is_small(x):
-        return _snap_whole(x, grid)
+        steps, low, high = _steps(x, grid)
+        return grid.codec.round_(steps, low, high).mul(_fit(grid.scale, x, grid)).reshape(x.shape)
     out = torch.empty_like(x)
     if out.stride() != x.stride():  # x has gaps or overlaps: go on from a dense copy
         x = out.copy_(x)
-    for source, target, scale, low, high in _chunks(x, out, grid):
+    for source, target, scale, low, high, inverse in _chunks(x, out, grid):
         if target.dtype in _HALVES:
-            target.copy_(_half_levels(source, scale, low, high))
+            levels = _rounded(source.to(torch.float32), grid.codec, scale, low, high, inverse)
+            largest = torch.finfo(target.dtype).max
+            target.copy_(levels.clamp_(-largest, largest))
         else:
-            clamp_steps(torch.div(source, scale, out=target).round_(), low, high).mul_(scale)
+            _rounded(source, grid.codec, scale, low, high, inverse, target)
     return out
 
 
-def _snap_whole(x: Tensor, grid: Grid) -> Tensor:
-    scale, low, high = grid.scale, grid.low, grid.high
-    if not isinstance(scale, Tensor) and not isinstance(low, Tensor):
-        return clamp_steps(torch.div(x, scale).round_(), low, high).mul_(scale)
-    steps, low, high = _steps(x, grid)
-    return clamp_steps(steps.round_(), low, high).mul_(_fit(scale, x, grid)).reshape(x.shape)
+def _rounded(
+    source: Tensor,
+    codec: Codec,
+    scale: Bound,
+    low: Bound,
+    high: Bound,
+    inverse: Bound | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    steps = torch.div(source, scale, out=out) if inverse is None else source * inverse
+    return torch.mul(codec.round_(steps, low, high), scale, out=steps if out is None else out)
 
 
 def clamped_steps(x: Tensor, grid: Grid) -> Tensor:
-    """Return `clamp(rne(x / scale), low, high)` in the shape of `x` and in `compute_dtype`."""
+    """Return `codec(x / scale)` in the shape of `x` and in `compute_dtype`."""
     steps, low, high = _steps(x, grid)
-    return clamp_steps(steps.round_(), low, high).reshape(x.shape)
+    return grid.codec.round_(steps, low, high).reshape(x.shape)
 
 
-def inside(x: Tensor, grid: Grid) -> Tensor:
-    """Return where `low <= x / scale <= high`: there the straight-through gradient is 1.
+def masked_gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
+    """Return the gradient where `low <= x / scale <= high`, and 0 elsewhere.
 
     The largest value of a tensor must count as inside although `amax / (amax / high)` may come out
     one rounding above `high`: the comparison allows for two roundings of fp32.
     """
+    if grid.inverse is None:
+        bounds = grid.scale, grid.low, grid.high
+        masked = native_mask(x, gradient, grid.granularity, *bounds)
+        if masked is not None:
+            return masked
     steps, low, high = _steps(x, grid)
     slack = 1 + 2.0**-22
-    return ((steps >= low * slack) & (steps <= high * slack)).reshape(x.shape)
+    inside = ((steps >= low * slack) & (steps <= high * slack)).reshape(x.shape)
+    return torch.where(inside, gradient, 0.0)
 
 
-def _steps(x: Tensor, grid: Grid) -> tuple[Tensor, float | Tensor, float | Tensor]:
+def _steps(x: Tensor, grid: Grid) -> tuple[Tensor, Bound, Bound]:
     scale, low, high = (_fit(p, x, grid) for p in (grid.scale, grid.low, grid.high))
     view = block_view(x, grid.granularity).to(compute_dtype(x.dtype))
-    return torch.div(view, scale), low, high
+    if grid.inverse is None:
+        return torch.div(view, scale), low, high
+    return view * _fit(grid.inverse, x, grid), low, high
 
 
-def _half_levels(
-    source: Tensor, scale: float | Tensor, low: float | Tensor, high: float | Tensor
-) -> Tensor:
-    levels = clamp_steps(source.to(torch.float32).div_(scale).round_(), low, high).mul_(scale)
-    largest = torch.finfo(source.dtype).max
-    return levels.clamp_(-largest, largest)
-
-
-def clamp_steps(steps: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Clamp in place and return the same tensor; NaN stays."""
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        # broadcasting, two binary operations are several times faster than one of three operands
-        torch.maximum(steps, torch.as_tensor(low), out=steps)
-        return torch.minimum(steps, torch.as_tensor(high), out=steps)
-    return steps.clamp_(low, high)
-
-
-def _fit(parameter: float | Tensor, x: Tensor, grid: Grid) -> float | Tensor:
+def _fit(parameter: Bound, x: Tensor, grid: Grid) -> Bound:
     if isinstance(parameter, Tensor):
         return block_parameter(parameter, tuple(x.shape), grid.granularity)
     return parameter
 
 
-_Chunk = tuple[Tensor, Tensor, float | Tensor, float | Tensor, float | Tensor]
+_Chunk = tuple[Tensor, Tensor, Bound, Bound, Bound, Bound | None]
 
 
 def _chunks(x: Tensor, out: Tensor, grid: Grid) -> Iterator[_Chunk]:
     """Cut input, output and what broadcasts against them into chunks along the first axis."""
-    parameters = [_fit(p, x, grid) for p in (grid.scale, grid.low, grid.high)]
+    bounds = grid.scale, grid.low, grid.high, grid.inverse
+    parameters = [None if p is None else _fit(p, x, grid) for p in bounds]
     if all(not isinstance(p, Tensor) or p.ndim == 0 for p in parameters):
         x, out = (t.as_strided((t.numel(),), (1,)) for t in (x, out))
     else:
@@ -143,7 +164,7 @@ def _chunk_length(x: Tensor) -> int:
     return max(1, _CHUNK * torch.get_num_threads() // max(values, 1))
 
 
-def _narrow(value: float | Tensor, ndim: int, start: int, count: int) -> float | Tensor:
+def _narrow(value: Bound | None, ndim: int, start: int, count: int) -> Bound | None:
     if not isinstance(value, Tensor) or value.ndim < ndim or value.shape[0] == 1:
         return value
     return value.narrow(0, start, count)

@@ -1,0 +1,53 @@
+"""Output buffers that are used again: fresh pages cost several times what writing to them costs."""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SMALLEST_BYTES = 4 << 20  # below, malloc itself keeps the pages
+_MOST_BYTES = 256 << 20
+
+
+class BufferPool:
+    """Storages that are lent to output tensors, and lent again once nobody holds them."""
+
+    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
+        self._storages: list[torch.UntypedStorage] = []
+        self._most_bytes = most_bytes
+        self._lock = threading.Lock()
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        """Return an uninitialised tensor of the shape, dtype and memory format of a CPU tensor."""
+        nbytes = x.nbytes
+        if not _SMALLEST_BYTES <= nbytes <= self._most_bytes:
+            return torch.empty_like(x)
+        with self._lock:
+            for position, storage in enumerate(self._storages):
+                if storage.nbytes() == nbytes and _is_free(storage):
+                    self._storages.append(self._storages.pop(position))
+                    return _over(storage, x)
+            fresh = torch.empty_like(x)
+            self._keep(fresh.untyped_storage())
+            return fresh
+
+    def _keep(self, storage: torch.UntypedStorage) -> None:
+        """Add a storage, and let go of those longest unused while there are too many bytes."""
+        self._storages.append(storage)
+        while sum(kept.nbytes() for kept in self._storages) > self._most_bytes:
+            del self._storages[0]
+
+
+def _is_free(storage: torch.UntypedStorage) -> bool:
+    """Whether only the pool holds a storage; one that other processes may see is never free."""
+    return torch._C._storage_Use_Count(storage._cdata) == 1 and not storage.is_shared()
+
+
+def _over(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+    shape: Sequence[int] = like.shape
+    strides = torch.empty_like(like, device="meta").stride()
+    return torch.empty(0, dtype=like.dtype).set_(storage, 0, tuple(shape), strides)
+
+
+POOL = BufferPool()

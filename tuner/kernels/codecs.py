@@ -1,0 +1,264 @@
+"""How values in units of the scale become values of a format, and codes: one class a kind."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tuner.errors import DataError
+from tuner.float_layout import FP32_LARGEST, FloatLayout
+from tuner.formats import Format
+
+Bound = float | Tensor
+_EXPONENT_MASK = 0x7F800000
+_FP32_MANTISSA = 23
+_FP32_BIAS = 127
+
+
+class Codec(Protocol):
+    """Rounds to the values of a format, and stores them as codes; a frozen dataclass."""
+
+    def __hash__(self) -> int: ...
+
+    def round_(self, steps: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Round in place (where it can) to the nearest value from `low` to `high`; NaN stays."""
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Return the codes (int64) of values that the format holds."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the values of codes, in float64."""
+
+
+def clamp_steps(steps: Tensor, low: Bound, high: Bound) -> Tensor:
+    """Clamp in place and return the same tensor; NaN stays."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        # broadcasting, two binary operations are several times faster than one of three operands
+        torch.maximum(steps, torch.as_tensor(low), out=steps)
+        return torch.minimum(steps, torch.as_tensor(high), out=steps)
+    return steps.clamp_(low, high)
+
+
+@dataclass(frozen=True)
+class IntegerCodec:
+    """Whole numbers: `rne(v)`, clamped."""
+
+    def round_(self, steps: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Round in place to whole numbers."""
+        return clamp_steps(steps.round_(), low, high)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Return the whole numbers themselves; NaN has none."""
+        if bool(values.isnan().any()):
+            raise DataError("NaN has no integer code: replace the NaN values before quantize()")
+        return values.to(torch.int64)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the whole numbers as floats."""
+        return codes.double()
+
+
+@dataclass(frozen=True)
+class FloatCodec:
+    """The numbers of a FloatLayout, to nearest, ties to even.
+
+    A value with exponent e is a multiple of 2^(e − M): adding and subtracting 1.5 · 2^(23 − M + e)
+    rounds it in fp32 (Knuth, TAOCP vol. 2, section 4.2.2). Where that constant leaves fp32, and
+    without a mantissa, the bits are rounded as integers instead.
+    """
+
+    layout: FloatLayout
+
+    @property
+    def by_bits(self) -> bool:
+        """Whether the bits must be rounded as integers."""
+        top = math.frexp(self.layout.largest)[1]
+        return self.layout.mantissa_bits == 0 or top + _FP32_MANTISSA - self._mantissa + 1 > 127
+
+    @property
+    def magic(self) -> float:
+        """What the power of two of a value is multiplied with to get the rounding constant."""
+        return float(1.5 * 2.0 ** (_FP32_MANTISSA - self._mantissa))
+
+    @property
+    def limit(self) -> float:
+        """Where magnitudes are cut before they are rounded: rounded up, more would overflow."""
+        if self.layout.saturating:
+            return self.layout.largest
+        return min(2.0 ** math.frexp(self.layout.largest)[1], FP32_LARGEST)
+
+    @property
+    def parity(self) -> int:
+        """Without a mantissa the exponent field decides ties: whether its parity is not fp32's."""
+        return (_FP32_BIAS - self.layout.bias) % 2 if self._mantissa == 0 else 0
+
+    @property
+    def _mantissa(self) -> int:
+        return self.layout.mantissa_bits
+
+    def round_(self, steps: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Round in place to numbers of the layout; the bounds are the layout's own."""
+        if self._mantissa >= _FP32_MANTISSA:
+            return steps.clamp_(-self.layout.largest, self.layout.largest)
+        magnitude = steps.abs().clamp_(max=self.limit)
+        if steps.dtype == torch.float64:
+            rounded = self._rounded_double(magnitude)
+        else:
+            rounded = self._by_bits(magnitude) if self.by_bits else self._by_sum(magnitude)
+        if not self.layout.saturating:
+            rounded.masked_fill_(rounded > self.layout.largest, self.layout.overflow)
+        if not self.layout.subnormals:
+            self._flush(magnitude, rounded)
+        torch.copysign(rounded, steps, out=steps)
+        return steps if self.layout.has_negative_zero else steps.add_(0.0)  # −0 + 0 = 0
+
+    def _by_sum(self, magnitude: Tensor) -> Tensor:
+        power = magnitude.view(torch.int32).bitwise_and(_EXPONENT_MASK).view(torch.float32)
+        power = power.clamp_(min=self.layout.smallest_normal).mul_(self.magic)
+        if self.layout.subnormals:
+            return magnitude.add_(power).sub_(power)
+        return magnitude.add(power).sub_(power)
+
+    def _by_bits(self, magnitude: Tensor) -> Tensor:
+        shift = _FP32_MANTISSA - self._mantissa
+        bits = magnitude.view(torch.int32)
+        odd = bits.bitwise_right_shift(shift).bitwise_xor_(self.parity).bitwise_and_(1)
+        bits = odd.add_(bits).add_((1 << (shift - 1)) - 1).bitwise_and_(-1 << shift)
+        power = self.layout.smallest_normal * self.magic
+        small = magnitude.add(power).sub_(power)
+        rounded = torch.where(
+            magnitude < 2 * self.layout.smallest_normal, small, bits.view(torch.float32)
+        )
+        return torch.where(magnitude.isnan(), magnitude, rounded)
+
+    def _rounded_double(self, magnitude: Tensor) -> Tensor:
+        exponent = torch.frexp(magnitude).exponent - 1
+        exponent = exponent.clamp_(min=self.layout.emin)
+        unit = torch.ldexp(torch.ones_like(magnitude), exponent - self._mantissa)
+        steps = magnitude / unit
+        rounded = steps.round()
+        if self._mantissa == 0:  # 1.5 lies between fields f and f + 1: the even one wins
+            odd = ((exponent + self.layout.bias) % 2 == 1) & (magnitude >= unit)
+            rounded = torch.where(steps == 1.5, torch.where(odd, 2.0, 1.0).double(), rounded)
+        return rounded * unit
+
+    def _flush(self, magnitude: Tensor, rounded: Tensor) -> None:
+        """Round what lies below the smallest normal number to it or to 0; a tie goes to 0."""
+        normal = self.layout.smallest_normal
+        kept = torch.where(magnitude > normal / 2, normal, 0.0).to(rounded.dtype)
+        torch.where(magnitude < normal, kept, rounded, out=rounded)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Return codes with the sign on top, as the format's definition orders the bits."""
+        layout = self.layout
+        x = values.double()
+        mantissa, exponent = torch.frexp(x.abs())
+        field = (exponent - 1 + layout.bias).clamp(min=0)
+        normal = x.abs() >= layout.smallest_normal
+        fraction = torch.where(normal, mantissa * 2 - 1, x.abs() / layout.smallest_normal)
+        fraction = torch.where(x.isfinite(), fraction, 0.0)
+        codes = (fraction * 2**layout.mantissa_bits).long()
+        codes += torch.where(normal, field, 0).long() << layout.mantissa_bits
+        codes = torch.where(x.isinf(), layout.infinity_code, codes)
+        codes += torch.signbit(x).long() << (layout.exponent_bits + layout.mantissa_bits)
+        if bool(x.isnan().any()):
+            if layout.nan_code is None:
+                raise DataError("this format has no NaN: replace the NaN values before quantize()")
+            codes = torch.where(x.isnan(), layout.nan_code, codes)
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the numbers of codes, inf and NaN included."""
+        layout = self.layout
+        codes = codes.long()
+        width = layout.exponent_bits + layout.mantissa_bits
+        magnitude = codes & ((1 << width) - 1)
+        field = magnitude >> layout.mantissa_bits
+        fraction = (magnitude & ((1 << layout.mantissa_bits) - 1)).double()
+        fraction /= 2**layout.mantissa_bits
+        exponent = torch.where(field > 0, field - layout.bias, layout.emin)
+        small = fraction if layout.subnormals else torch.zeros_like(fraction)
+        x = torch.ldexp(torch.where(field > 0, 1 + fraction, small), exponent)
+        x = torch.where(magnitude > layout.largest_code, math.nan, x)
+        if layout.specials == "ieee":
+            x = torch.where(magnitude == layout.infinity_code, math.inf, x)
+        x = torch.copysign(x, torch.where(codes >> width & 1 == 1, -1.0, 1.0).double())
+        return x if layout.has_negative_zero else torch.where(codes == 1 << width, math.nan, x)
+
+
+@dataclass(frozen=True)
+class CodebookCodec:
+    """The entries of a sorted table, to nearest; a tie goes to the lower one."""
+
+    entries: tuple[float, ...]
+
+    def round_(self, steps: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Return the nearest entries."""
+        nearest = self._table(steps)[self._index(steps)]
+        return torch.where(steps.isnan(), steps, nearest)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Return the index of the nearest entry."""
+        if bool(values.isnan().any()):
+            raise DataError("NaN is no codebook entry: replace the NaN values before quantize()")
+        return self._index(values)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the entries."""
+        table = torch.tensor(self.entries, dtype=torch.float64, device=codes.device)
+        # as they are in fp32, which they are rounded in
+        return table.float().double()[codes.long()]
+
+    def _index(self, x: Tensor) -> Tensor:
+        entries = torch.tensor(self.entries, dtype=torch.float64, device=x.device)
+        between = ((entries[1:] + entries[:-1]) / 2).to(x.dtype)
+        return torch.bucketize(x, between)
+
+    def _table(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.entries, dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class FunctionCodec:
+    """Whatever a user's function returns; NaN and the bounds are its own affair."""
+
+    name: str
+    forward: Callable[[Any], Any]
+
+    def round_(self, steps: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Call the function, and check what it returns."""
+        result = self.forward(steps)
+        if not isinstance(result, Tensor) or result.shape != steps.shape:
+            shown = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise DataError(
+                f"the forward function of format {self.name!r} returned {shown} for a tensor of "
+                f"shape {list(steps.shape)}: it must return a tensor of the same shape"
+            )
+        return result.to(steps.dtype)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Raise DataError: a function has no codes."""
+        raise DataError(
+            f"format {self.name!r} is a function: it has no codes. Use fake_quantize(), or "
+            "register it as a codebook"
+        )
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Raise DataError: a function has no codes."""
+        return self.encode(codes)
+
+
+@lru_cache(maxsize=1024)
+def codec_of(fmt: Format) -> Codec:
+    """Return the codec of a format's values."""
+    if fmt.kind == "int":
+        return IntegerCodec()
+    if fmt.layout is not None:
+        return FloatCodec(fmt.layout)
+    if fmt.forward is not None:
+        return FunctionCodec(fmt.name, fmt.forward)
+    return CodebookCodec(fmt.codebook)

@@ -1,0 +1,264 @@
+/* Fake-quantization in one pass over memory. Plain C, called by ctypes; built by build.py.
+ *
+ * Never compile with -ffast-math: the sums that round (see to_float_by_sum) must stay, NaN must
+ * stay NaN, and x / s must be a true division.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { INTEGER = 0, BY_SUM = 1, BY_BITS = 2 };
+enum { FLOOR = 0, CEIL = 1, RCEIL = 2, EVEN = 3 };
+
+/* FloatCodec in codecs.py says what the fields mean. */
+typedef struct {
+    int32_t kind, shift, parity, subnormals, negative_zero, saturating;
+    float limit, largest, overflow, normal, magic;
+} codec_t;
+
+/* A tensor as [outer, n, inner], `size` neighbours of n sharing a scale, which lies at
+ * outer * so + group * sk + inner * si. */
+typedef struct {
+    int64_t outer, n, inner, size, so, sk, si;
+} layout_t;
+
+typedef struct {
+    const float *scale, *low, *high; /* low and high lie as scale does, or are null: */
+    float all_low, all_high;         /* then these hold for all values */
+} params_t;
+
+static const int64_t PARALLEL = 1 << 15; /* values below which threads do not pay */
+static const int64_t STRIP = 64;         /* short runs that a thread takes at a time */
+
+#ifdef __GNUC__
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE static inline
+#endif
+
+static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+typedef uint16_t bf16;
+static inline float from_bf16(bf16 h) { return float_of((uint32_t)h << 16); }
+static inline bf16 to_bf16(float x) {
+    uint32_t u = bits_of(x);
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    uint32_t top = (u & 0x80000000u) >> 16 | 0x7f7f; /* the largest finite number, signed */
+    if ((rounded & 0x7fff) >= 0x7f80) rounded = top;
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+static inline float same(float x) { return x; }
+#ifdef __FLT16_MAX__
+typedef _Float16 fp16;
+static inline float from_fp16(fp16 h) { return (float)h; }
+static inline fp16 to_fp16(float x) {
+    x = x > 65504.0f ? 65504.0f : x;
+    x = x < -65504.0f ? -65504.0f : x;
+    return (fp16)x;
+}
+#endif
+
+/* The comparisons are written so that NaN fails them and stays. */
+static inline float to_integer(float v, float low, float high) {
+    v = rintf(v);
+    v = low > v ? low : v;
+    return high < v ? high : v;
+}
+
+static inline float finished(float magnitude, float rounded, float v, const codec_t *c) {
+    if (!c->saturating) rounded = rounded > c->largest ? c->overflow : rounded;
+    if (!c->subnormals) {
+        float kept = magnitude > 0.5f * c->normal ? c->normal : 0.0f;
+        rounded = magnitude < c->normal ? kept : rounded;
+    }
+    rounded = float_of(bits_of(rounded) | (bits_of(v) & 0x80000000u));
+    return c->negative_zero ? rounded : rounded + 0.0f;
+}
+
+static inline float to_float_by_sum(float v, const codec_t *c) {
+    float a = fabsf(v);
+    a = a > c->limit ? c->limit : a;
+    float power = float_of(bits_of(a) & 0x7f800000u);
+    power = c->normal > power ? c->normal : power;
+    float constant = power * c->magic;
+    return finished(a, (a + constant) - constant, v, c);
+}
+
+static inline float to_float_by_bits(float v, const codec_t *c) {
+    float a = fabsf(v);
+    a = a > c->limit ? c->limit : a;
+    uint32_t u = bits_of(a);
+    uint32_t odd = ((u >> c->shift) ^ (uint32_t)c->parity) & 1;
+    u = (u + odd + ((1u << (c->shift - 1)) - 1)) & ~((1u << c->shift) - 1);
+    float constant = c->normal * c->magic;
+    float rounded = a < 2.0f * c->normal ? (a + constant) - constant : float_of(u);
+    rounded = a != a ? a : rounded;
+    return finished(a, rounded, v, c);
+}
+
+static inline codec_t plain_of(const codec_t *c) {
+    codec_t plain = *c;
+    plain.subnormals = plain.negative_zero = plain.saturating = 1;
+    return plain;
+}
+
+/* OCP Microscaling Formats v1.0, section 6.3: the shared scale from the largest magnitude. */
+typedef struct {
+    int32_t rounding, emax, mantissa, size;
+    float largest;
+} mx_t;
+
+static inline float mx_scale(uint32_t amax, const mx_t *mx) {
+    if (amax >= 0x7f800000u) return NAN;
+    if (mx->rounding == EVEN) amax += 1u << (22 - mx->mantissa);
+    if (mx->rounding == RCEIL) amax = bits_of(float_of(amax) / mx->largest);
+    int exponent = (int)(amax >> 23) - 127;
+    if (mx->rounding == CEIL || mx->rounding == RCEIL) exponent += (amax & 0x7fffffu) != 0;
+    if (mx->rounding != RCEIL) exponent -= mx->emax;
+    exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
+    return exponent == -127 ? 0x1p-127f : float_of((uint32_t)(exponent + 127) << 23);
+}
+
+/* The loops below come once a type. In a run of `one` scale it is a constant; in a run of `each`,
+ * value i has scale i. `plain` (saturating, with subnormals and −0) tells the compiler to leave
+ * the rest out. */
+#define LOOP(STATEMENT) for (int64_t i = 0; i < n; i++) { STATEMENT }
+#define ROUNDED_LOOP(SCALE, ROUND, LOAD, STORE)                                                    \
+    LOOP(const float s = SCALE; const float v = LOAD(x[i]) / s; y[i] = STORE(ROUND * s);)
+#define FLOAT_LOOPS(SCALE, LOAD, STORE)                                                            \
+    if (c->kind == BY_SUM && is_plain) { ROUNDED_LOOP(SCALE, to_float_by_sum(v, &plain), LOAD, STORE) } \
+    else if (c->kind == BY_SUM) { ROUNDED_LOOP(SCALE, to_float_by_sum(v, &own), LOAD, STORE) }     \
+    else { ROUNDED_LOOP(SCALE, to_float_by_bits(v, &own), LOAD, STORE) }
+
+#define FUNCTIONS(T, SUFFIX, LOAD, STORE)                                                          \
+static inline void snap_one_##SUFFIX(const T *restrict x, T *restrict y, int64_t n,                \
+                                     const params_t *p, int64_t at, const codec_t *c) {            \
+    const float scale = p->scale[at];                                                              \
+    const float low = p->low ? p->low[at] : p->all_low;                                            \
+    const float high = p->high ? p->high[at] : p->all_high;                                        \
+    const int is_plain = c->subnormals && c->negative_zero && c->saturating;                       \
+    const codec_t own = *c, plain = plain_of(c);                                                   \
+    if (c->kind == INTEGER) { ROUNDED_LOOP(scale, to_integer(v, low, high), LOAD, STORE) }         \
+    else FLOAT_LOOPS(scale, LOAD, STORE)                                                           \
+}                                                                                                  \
+static inline void snap_each_##SUFFIX(const T *restrict x, T *restrict y, int64_t n,               \
+                                      const params_t *p, int64_t at, const codec_t *c) {           \
+    const float *scale = p->scale + at, *lows = p->low ? p->low + at : 0;                          \
+    const float *highs = p->high ? p->high + at : 0;                                               \
+    const float low = p->all_low, high = p->all_high;                                              \
+    const int is_plain = c->subnormals && c->negative_zero && c->saturating;                       \
+    const codec_t own = *c, plain = plain_of(c);                                                   \
+    if (c->kind == INTEGER && p->low) {                                                            \
+        ROUNDED_LOOP(scale[i], to_integer(v, lows[i], highs[i]), LOAD, STORE)                      \
+    } else if (c->kind == INTEGER) {                                                               \
+        ROUNDED_LOOP(scale[i], to_integer(v, low, high), LOAD, STORE)                              \
+    } else FLOAT_LOOPS(scale[i], LOAD, STORE)                                                      \
+}                                                                                                  \
+/* The gradient passes where low <= x / s <= high; the slack allows for two roundings. */          \
+static inline void mask_one_##SUFFIX(const T *restrict x, const T *restrict g, T *restrict y,      \
+                                     int64_t n, const params_t *p, int64_t at) {                   \
+    const float slack = 1.0f + 0x1p-22f, s = p->scale[at];                                         \
+    const float low = (p->low ? p->low[at] : p->all_low) * slack;                                  \
+    const float high = (p->high ? p->high[at] : p->all_high) * slack;                              \
+    LOOP(const float v = LOAD(x[i]) / s; y[i] = (v >= low) & (v <= high) ? g[i] : (T)0;)           \
+}                                                                                                  \
+static inline void mask_each_##SUFFIX(const T *restrict x, const T *restrict g, T *restrict y,     \
+                                      int64_t n, const params_t *p, int64_t at) {                  \
+    const float slack = 1.0f + 0x1p-22f;                                                           \
+    const float *s = p->scale + at;                                                                \
+    LOOP(const float v = LOAD(x[i]) / s[i];                                                        \
+         const float low = (p->low ? p->low[at + i] : p->all_low) * slack;                         \
+         const float high = (p->high ? p->high[at + i] : p->all_high) * slack;                     \
+         y[i] = (v >= low) & (v <= high) ? g[i] : (T)0;)                                           \
+}                                                                                                  \
+ALWAYS_INLINE void mx_block_##SUFFIX(const T *restrict x, T *restrict y, int64_t n,                \
+                                     const mx_t *mx, const codec_t *c) {                           \
+    uint32_t amax = 0;                                                                             \
+    LOOP(const uint32_t u = bits_of(LOAD(x[i])) & 0x7fffffffu; amax = u > amax ? u : amax;)        \
+    float s = mx_scale(amax, mx);                                                                  \
+    const codec_t plain = plain_of(c);                                                             \
+    if (c->kind == INTEGER) {                                                                      \
+        s *= 0x1p-6f; /* MXINT8 counts in 1/64 */                                                  \
+        LOOP(y[i] = STORE(to_integer(LOAD(x[i]) / s, -127.0f, 127.0f) * s);)                       \
+    } else {                                                                                       \
+        const float inverse = 1.0f / s; /* exact, both are powers of two */                        \
+        LOOP(y[i] = STORE(to_float_by_sum(LOAD(x[i]) * inverse, &plain) * s);)                     \
+    }                                                                                              \
+}                                                                                                  \
+void snap_tensor_##SUFFIX(const T *x, T *y, int64_t n, float scale, float low, float high,         \
+                          const codec_t *c) {                                                      \
+    const params_t p = {&scale, 0, 0, low, high};                                                  \
+    SPLIT(snap_one_##SUFFIX(x + from, y + from, count, &p, 0, c))                                  \
+}                                                                                                  \
+void snap_layout_##SUFFIX(const T *x, T *y, const layout_t *l, const params_t *p,                  \
+                          const codec_t *c) {                                                      \
+    WALK(snap_one_##SUFFIX(x + from, y + from, count, p, at, c),                                   \
+         snap_each_##SUFFIX(x + from, y + from, count, p, at, c))                                  \
+}                                                                                                  \
+void mask_tensor_##SUFFIX(const T *x, const T *g, T *y, int64_t n, float scale, float low,         \
+                          float high) {                                                            \
+    const params_t p = {&scale, 0, 0, low, high};                                                  \
+    SPLIT(mask_one_##SUFFIX(x + from, g + from, y + from, count, &p, 0))                           \
+}                                                                                                  \
+void mask_layout_##SUFFIX(const T *x, const T *g, T *y, const layout_t *l, const params_t *p) {    \
+    WALK(mask_one_##SUFFIX(x + from, g + from, y + from, count, p, at),                            \
+         mask_each_##SUFFIX(x + from, g + from, y + from, count, p, at))                           \
+}                                                                                                  \
+void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,                   \
+                      const codec_t *c) {                                                          \
+    const int64_t size = mx->size, blocks = (n + size - 1) / size, total = rows * blocks;          \
+    PARALLEL_FOR(rows * n)                                                                         \
+    for (int64_t strip = 0; strip < total; strip += STRIP) {                                       \
+        int64_t row = strip / blocks, column = strip % blocks;                                     \
+        const int64_t end = strip + STRIP < total ? strip + STRIP : total;                         \
+        for (int64_t b = strip; b < end; b++) {                                                    \
+            const int64_t rest = n - column * size, from = row * n + column * size;                \
+            if (rest >= 32 && size == 32) mx_block_##SUFFIX(x + from, y + from, 32, mx, c);        \
+            else mx_block_##SUFFIX(x + from, y + from, rest < size ? rest : size, mx, c);          \
+            if (++column == blocks) { column = 0; row++; }                                         \
+        }                                                                                          \
+    }                                                                                              \
+}
+
+#define PRAGMA(TEXT) _Pragma(#TEXT)
+#define PARALLEL_FOR(VALUES) PRAGMA(omp parallel for schedule(static) if ((VALUES) > PARALLEL))
+
+/* Cut one long run into pieces that threads share. */
+#define SPLIT(CALL)                                                                                \
+    const int64_t piece = 1 << 14;                                                                 \
+    PARALLEL_FOR(n)                                                                                \
+    for (int64_t from = 0; from < n; from += piece) {                                              \
+        const int64_t count = n - from < piece ? n - from : piece;                                 \
+        CALL;                                                                                      \
+    }
+
+/* Walk over the runs of a layout. */
+#define WALK(ONE, EACH)                                                                            \
+    const int64_t groups = (l->n + l->size - 1) / l->size, total = l->outer * groups;              \
+    const int64_t pace = l->size * l->inner > STRIP * STRIP ? 1 : STRIP;                           \
+    PARALLEL_FOR(l->outer * l->n * l->inner)                                                       \
+    for (int64_t strip = 0; strip < total; strip += pace) {                                        \
+        int64_t o = strip / groups, j = strip % groups;                                            \
+        const int64_t end = strip + pace < total ? strip + pace : total;                           \
+        for (int64_t pair = strip; pair < end; pair++) {                                           \
+            const int64_t begin = j * l->size;                                                     \
+            const int64_t length = l->n - begin < l->size ? l->n - begin : l->size;                \
+            const int64_t at = o * l->so + j * l->sk;                                              \
+            int64_t from = (o * l->n + begin) * l->inner;                                          \
+            if (!l->si) {                                                                          \
+                const int64_t count = length * l->inner;                                           \
+                ONE;                                                                               \
+            } else {                                                                               \
+                const int64_t count = l->inner;                                                    \
+                for (int64_t k = 0; k < length; k++, from += count) { EACH; }                      \
+            }                                                                                      \
+            if (++j == groups) { j = 0; o++; }                                                     \
+        }                                                                                          \
+    }
+
+FUNCTIONS(float, f32, same, same)
+FUNCTIONS(bf16, bf16, from_bf16, to_bf16)
+#ifdef __FLT16_MAX__
+FUNCTIONS(fp16, f16, from_fp16, to_fp16)
+#endif
