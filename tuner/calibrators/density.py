@@ -85,15 +85,15 @@ class Density:
         return math.hypot(distance, math.sqrt(self.variance)) * self.width
 
     def _squared_distance(self, point: Floats) -> Floats:
-        distance: Floats = (self.mean - point) ** 2 + self.variance
-        return self.count * distance
+        distance = point - self.mean
+        return (distance * distance + self.variance) * self.count
 
     def _integral(self, positions: Floats) -> Floats:
         inside = positions.clip(self.edges[0], self.edges[-1])
         index = inside.astype(np.intp)
         offset = np.subtract(inside, index, out=inside)
         constant, linear, square = self.coefficients
-        result = square.take(index)
+        result: Floats = square.take(index)
         result *= offset
         result += linear.take(index)
         result *= offset
