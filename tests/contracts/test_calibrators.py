@@ -1,21 +1,30 @@
 """What every calibration method must keep, and how good each is on the full data."""
 
 import math
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
 import torch
 
-from tuner.calibrators import CALIBRATORS, calibrated_range
-from tuner.errors import UnsupportedError
+from tuner import formats
+from tuner.calibrate import calibrate
+from tuner.calibrators import (
+    CALIBRATORS,
+    calibrated_range,
+    calibrated_row_ranges,
+    calibrator,
+)
+from tuner.errors import CalibrationWarning, SchemeError
 from tuner.qparams import fake_quantize, qparams_from_range
-from tuner.schemes import TensorScheme
+from tuner.schemes import CalibrationMethod, TensorScheme
 from tuner.statistics import TensorStatistics
 
 SAMPLES = 200_000
 PERCENTILE_TOLERANCE = 0.002
 MSE_TOLERANCE = 1.005
 FORMATS = ("int2", "int4", "int8", "uint8")
+FOR_FLOATS = ("minmax", "ema", "percentile", "mse")
 
 
 def data(name: str) -> torch.Tensor:
@@ -78,12 +87,20 @@ class TestEveryCalibrator:
         kept = fake_quantize(x[:1], scheme, qparams)
         torch.testing.assert_close(kept, x[:1], rtol=0.01, atol=0)
 
-    def test_one_nan_changes_nothing(self, method: str, symmetric: bool) -> None:
-        x = data("gelu")
-        spoilt = torch.cat([x, torch.tensor([math.nan])])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_one_non_finite_value_changes_nothing(
+        self, method: str, symmetric: bool, value: float
+    ) -> None:
+        batches = data("gelu").split(70_000)
+        spoilt = [torch.cat([batches[0], torch.tensor([value])]), *batches[1:]]
         scheme = scheme_for(method, symmetric)
-        expected = calibrated_range(collect(x), scheme)
-        assert calibrated_range(collect(spoilt), scheme) == expected
+        expected, found = collect(*batches), collect(*spoilt)
+        assert (expected.nonfinite, found.nonfinite) == (0, 1)
+        assert calibrated_range(found, scheme) == calibrated_range(expected, scheme)
+        clean = calibrate(batches, scheme)
+        with pytest.warns(CalibrationWarning, match="1 of 200001"):
+            warned = calibrate(spoilt, scheme)
+        assert (warned.scale, warned.zero_point) == (clean.scale, clean.zero_point)
 
     def test_order_of_batches(self, method: str, symmetric: bool) -> None:
         if method == "ema":
@@ -102,10 +119,25 @@ class TestEveryCalibrator:
             assert high > 0 >= low
 
 
-@pytest.mark.parametrize("method", ["aciq", "histogram"])
-def test_methods_to_come_are_refused_by_name(method: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"{method}.*minmax, ema, percentile, mse, entropy"):
-        calibrated_range(collect(torch.ones(3)), scheme_for(method, True))
+@pytest.mark.parametrize("method", CALIBRATORS)
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_method_that_does_not_fit_the_format_is_refused(
+    method: str, kind: Literal["int", "float"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = scheme_for(method, True)
+    monkeypatch.setattr(formats, "get", lambda name: formats.Format("some8", kind, 8))
+    if kind == "int" or method in FOR_FLOATS:
+        assert calibrator(scheme) is CALIBRATORS[method]
+        return
+    message = f"'{method}' does not work for some8.*minmax, ema, percentile, mse, or .* int$"
+    with pytest.raises(SchemeError, match=message):
+        calibrated_range(collect(torch.ones(3)), scheme)
+    with pytest.raises(SchemeError, match=message):
+        calibrated_row_ranges(torch.ones(2, 3), scheme)
+
+
+def test_every_method_of_a_scheme_exists() -> None:
+    assert set(CALIBRATORS) == set(get_args(CalibrationMethod))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -196,54 +228,6 @@ def test_mse_knows_that_zeros_cost_nothing() -> None:
     best = min(error_of(x, 0.0, high, scheme) for high in np.geomspace(3.0, 30.0, 25))
     low, high = calibrated_range(collect(x), scheme)
     assert error_of(x, low, high, scheme) <= MSE_TOLERANCE * best
-
-
-def reference_divergence(histogram: np.ndarray, kept: int, groups: int) -> float:
-    """KL(P‖Q) as TensorRT defines it, step by step."""
-    p = histogram[:kept].astype(float)
-    p[-1] += histogram[kept:].sum()
-    q = np.zeros(kept)
-    group_of = np.arange(kept) * groups // kept
-    for group in range(groups):
-        members = np.flatnonzero((group_of == group) & (histogram[:kept] > 0))
-        q[members] = histogram[members].sum() / max(len(members), 1)
-    if q.sum() == 0 or (p[q == 0] > 0).any():
-        return math.inf
-    p, q = p / p.sum(), q / q.sum()
-    filled = p > 0
-    return float((p[filled] * np.log(p[filled] / q[filled])).sum())
-
-
-ENTROPY_CASES = [
-    ("normal", {"format": "int4"}, 8),
-    ("outliers", {"format": "int5", "narrow": True}, 16),
-    ("heavy tails", {"format": "uint3"}, 4),
-    ("heavy tails", {"format": "int8", "quant_min": -10, "quant_max": 20}, 11),
-    ("uniform squared", {"format": "uint4", "symmetric": False}, 16),
-    ("uniform squared", {"format": "int5", "symmetric": False}, 32),
-]
-
-
-@pytest.mark.parametrize(("name", "fields", "groups"), ENTROPY_CASES)
-def test_entropy_against_the_definition(name: str, fields: dict[str, object], groups: int) -> None:
-    x = (
-        data("uniform")[:20_000].add(0.3).pow(6).mul(0.55)
-        if name == "uniform squared"
-        else data(name)
-    )
-    x = x[-20_000:]
-    statistics = collect(x)
-    histogram = statistics.overall.histogram
-    assert histogram is not None
-    bins = int(statistics.amax // histogram.width) + 1
-    edges = np.arange(bins + 1) * histogram.width
-    counts = np.histogram(x.abs().double().numpy(), edges)[0]
-    divergences = [reference_divergence(counts, i, groups) for i in range(groups, bins + 1)]
-    last_best = max(i for i, d in enumerate(divergences) if d <= min(divergences) + 1e-12)
-    expected = min((groups + last_best) * histogram.width, statistics.amax)
-    fields = {"calibration": "entropy", **fields}
-    high = calibrated_range(statistics, TensorScheme.model_validate(fields))[1]
-    assert high == pytest.approx(expected, rel=1e-6)
 
 
 def test_entropy_leaves_out_exact_zeros() -> None:

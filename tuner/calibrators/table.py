@@ -13,6 +13,10 @@ from tuner.errors import SchemeError
 from tuner.schemes import TensorScheme
 from tuner.statistics import TensorStatistics
 
+_INTEGER = ("int",)  # what rests on equal steps between the levels
+_LEVELS = ("int", "float", "codebook")  # what needs to know the levels
+_ANY = ("int", "float", "codebook", "function")
+
 
 @dataclass(frozen=True)
 class Calibrator:
@@ -24,16 +28,14 @@ class Calibrator:
 
     range_of: Callable[[TensorStatistics, TensorScheme], Range]
     row_ranges: Callable[[Tensor, TensorScheme], RowRanges] | None = None
-    kinds: tuple[str, ...] = ("int", "float")
+    kinds: tuple[str, ...] = _ANY
 
-
-_INTEGER = ("int",)  # what rests on equal steps between the levels
 
 CALIBRATORS: dict[str, Calibrator] = {
     "minmax": Calibrator(minmax.range_of, minmax.row_ranges),
     "ema": Calibrator(ema.range_of, minmax.row_ranges),  # one batch is its own average
     "percentile": Calibrator(percentile.range_of, percentile.row_ranges),
-    "mse": Calibrator(mse.range_of, mse.row_ranges),
+    "mse": Calibrator(mse.range_of, mse.row_ranges, kinds=_LEVELS),
     "entropy": Calibrator(entropy.range_of, kinds=_INTEGER),
     "aciq": Calibrator(aciq.range_of, kinds=_INTEGER),
     "aciq_laplace": Calibrator(aciq.laplace_range, kinds=_INTEGER),
