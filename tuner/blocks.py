@@ -1,7 +1,6 @@
 """Scales of block formats: from the largest magnitude of each block on the last axis."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,18 +15,28 @@ _TINY = torch.finfo(torch.float32).tiny
 _MXINT8_UNIT = 2.0**-6
 
 
-@lru_cache(maxsize=256)
+_MX_SCALES: dict[tuple[str, str], MxScale] = {}
+
+
 def mx_scale_of(scheme: TensorScheme) -> MxScale | None:
     """Return how an MX scheme's scales follow from the data; None for every other scheme."""
     fmt = formats.get(scheme.format)
     if fmt.block is None or fmt.block.scale != "e8m0":
         return None
+    key = scheme.format, scheme.scale_rounding
+    known = _MX_SCALES.get(key)
+    if known is None:
+        known = _MX_SCALES[key] = _mx_scale(fmt, fmt.block, scheme)
+    return known
+
+
+def _mx_scale(fmt: formats.Format, block: formats.Block, scheme: TensorScheme) -> MxScale:
     if fmt.layout is None:  # MXINT8 holds k / 64 with −127 <= k <= 127
-        return MxScale(fmt.block.size, scheme.scale_rounding, 0, 6, 127 * _MXINT8_UNIT)
+        return MxScale(block.size, scheme.scale_rounding, 0, 6, 127 * _MXINT8_UNIT)
     largest = fmt.layout.largest
     emax = math.frexp(largest)[1] - 1
     mantissa = fmt.layout.mantissa_bits
-    return MxScale(fmt.block.size, scheme.scale_rounding, emax, mantissa, largest)
+    return MxScale(block.size, scheme.scale_rounding, emax, mantissa, largest)
 
 
 def block_qparams(x: Tensor, scheme: TensorScheme) -> QParams:

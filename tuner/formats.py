@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, overload
 
 from tuner.errors import TunerError, UnknownNameError
@@ -75,6 +74,8 @@ class Format:
 
 
 _TABLE: dict[str, Format] = {}
+_SPELLED: dict[str, Format] = {}
+"""Systematic names that were asked for; a plain dict, which torch.compile can look into."""
 _FLOAT = re.compile(r"e([1-8])m(\d|10)(?:b(\d+))?(fnuz|fn)?((?:_(?:nosub|overflow|unscaled))*)")
 _ABFP = re.compile(r"abfp([2-9]|1[0-6])(?:_n([1-9]\d*))?")
 _OCP_WITHOUT_NAN = ("e2m1", "e2m3", "e3m2")
@@ -134,11 +135,11 @@ def get(name: str) -> Format:
     `_nosub` (no subnormals), `_overflow` (inf or NaN instead of saturation) and `_unscaled`; and
     `abfp<bits>_n<vector length>`.
     """
-    found = _TABLE.get(name)
+    found = _TABLE.get(name) or _SPELLED.get(name) or _parsed(name)
     if found is None:
-        found = _parsed(name)
-        if found is None:
-            raise UnknownNameError("format", name, _TABLE)
+        raise UnknownNameError("format", name, _TABLE)
+    if name not in _TABLE:
+        _SPELLED[name] = found
     return found
 
 
@@ -185,7 +186,6 @@ def _custom(
     )
 
 
-@lru_cache(maxsize=4096)
 def _parsed(name: str) -> Format | None:
     """Return the format that a systematic name spells out, None if it does not."""
     if match := _ABFP.fullmatch(name):
@@ -237,6 +237,7 @@ for _bits in range(2, 17):
     register(Format(f"int{_bits}", "int", _bits))
 for _bits in range(2, 17):
     register(Format(f"uint{_bits}", "int", _bits, signed=False))
+register(Format("int32", "int", 32))  # of biases
 for _name in ("e4m3fn", "e4m3", "e4m3fnuz", "e4m3b11fnuz", "e5m2", "e5m2fnuz", "e3m4"):
     register(get(_name))
 for _name in ("e2m3", "e3m2", "e2m1"):

@@ -1,6 +1,7 @@
 """Quantize, dequantize and fake-quantize a tensor; scale and zero point of the tensor itself."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -73,8 +74,7 @@ def fake_quantize(x: Tensor, scheme: TensorScheme, qparams: QParams | None = Non
     if x.ndim == 0 and formats.get(scheme.format).block is not None:
         return fake_quantize(x.reshape(1), scheme, qparams).reshape(())
     if qparams is not None:
-        check_qparams(scheme, qparams)
-        return fake_quantize_on(x, grid_of(scheme, qparams, x))
+        return fake_quantize_on(x, _GRIDS.grid(scheme, qparams, x))
     if not (x.requires_grad and torch.is_grad_enabled()) and (mx := mx_scale_of(scheme)):
         out = snap_mx(x, mx, codec_of(formats.get(scheme.format)))
         if out is not None:
@@ -106,6 +106,8 @@ def quantize(x: Tensor, scheme: TensorScheme, qparams: QParams) -> Tensor:
         grid = grid_of(scheme, qparams, x)
         codes = grid.codec.encode(clamped_steps(x.detach(), grid))
         _shift(codes, scheme, qparams.zero_point, 1)
+        if fmt.kind == "int":
+            codes.clamp_(*scheme.quant_range)  # fp32 cannot hold 2^31 − 1
         return codes.to(code_dtype(fmt.bits, fmt.signed and fmt.kind == "int"))
 
 
@@ -176,6 +178,44 @@ def check_qparams(scheme: TensorScheme, qparams: QParams) -> None:
         )
 
 
+class _Grids:
+    """The grid that each QParams gave last: parameters come again with every batch.
+
+    One value is compared, tensors of several are known by address and version; all else is new.
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[QParams, tuple[TensorScheme, tuple[object, ...], Grid]]
+        self._known = WeakKeyDictionary()
+
+    def grid(self, scheme: TensorScheme, qparams: QParams, like: Tensor) -> Grid:
+        """Return the grid for tensors like this one; raises SchemeError as `check_qparams` does."""
+        if torch.compiler.is_compiling():
+            return grid_of(scheme, qparams, like)
+        parts = qparams.scale, qparams.zero_point, qparams.global_scale
+        state = like.device, like.dtype, *map(_identity, parts)
+        known = self._known.get(qparams)
+        if known is not None and known[0] is scheme and known[1] == state:
+            return known[2]
+        check_qparams(scheme, qparams)
+        grid = grid_of(scheme, qparams, like)
+        self._known[qparams] = scheme, state, grid
+        return grid
+
+
+def _identity(value: Tensor | float | None) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_cpu and value.numel() == 1:
+        return value.item()
+    if value.is_inference():
+        return object()  # has no version
+    return value.data_ptr(), value._version
+
+
+_GRIDS = _Grids()
+
+
 class _StraightThrough(torch.autograd.Function):
     """Round to a grid, with the gradient of the identity inside its range (Bengio et al. 2013)."""
 
@@ -234,8 +274,9 @@ def _to(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tens
     On an accelerator it stays a tensor: division by a number is a multiplication by its
     reciprocal there, which is not the true division that the codes are defined by.
     """
-    if device.type == "cpu" and (not isinstance(value, Tensor) or value.numel() == 1):
-        return float(value)
+    if not isinstance(value, Tensor) or (value.numel() == 1 and not torch.compiler.is_compiling()):
+        if device.type == "cpu":
+            return float(value)
     return torch.as_tensor(value, device=device).detach().to(dtype)
 
 

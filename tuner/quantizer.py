@@ -63,6 +63,8 @@ class Quantizer:
         return f"Quantizer({self.describe()})"
 
     def _grid(self, x: Tensor, qparams: QParams) -> Grid:
+        if torch.compiler.is_compiling():  # what is made now is a part of the trace
+            return grid_of(self.scheme, qparams, x)
         key = x.device, x.dtype
         grid = self._grids.get(key)
         if grid is None:

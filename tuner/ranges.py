@@ -108,7 +108,7 @@ def _in_reach(scale: Tensor, dtype: torch.dtype, span: float, largest: Tensor | 
     """
     most_finite = torch.finfo(dtype).max * (1 - 2.0**-22)
     smallest = torch.finfo(dtype).tiny
-    if scale.numel():
+    if scale.numel() and not torch.compiler.is_compiling():
         least, most = (end.item() for end in torch.aminmax(scale))
         if smallest <= least and most * span <= most_finite:
             return scale.to(dtype)

@@ -20,6 +20,9 @@ CalibrationMethod = Literal[
 ]
 
 
+_BLOCKS: dict[int, PerBlock] = {}
+"""Made when a scheme is, because torch.compile cannot trace how pydantic makes them."""
+
 _INTEGER_ONLY = ("symmetric", "narrow", "reduce_range", "quant_min", "quant_max")
 
 
@@ -66,6 +69,7 @@ class TensorScheme(BaseModel):
         if fmt.kind == "int":
             self._check_codes(fmt)
         if fmt.block is not None:
+            _BLOCKS.setdefault(fmt.block.size, PerBlock(fmt.block.size))
             self._refuse(
                 ("calibration", "power_of_two_scale"),
                 f"{self.format} takes the scale of a block from its largest magnitude",
@@ -115,7 +119,7 @@ class TensorScheme(BaseModel):
     def reach(self) -> Granularity:
         """The granularity of the scales: that of a block format, else the scheme's own."""
         block = formats.get(self.format).block
-        return self.granularity if block is None else PerBlock(block.size)
+        return self.granularity if block is None else _BLOCKS[block.size]
 
     @property
     def is_dynamic(self) -> bool:

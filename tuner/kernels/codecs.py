@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -187,7 +186,9 @@ class FloatCodec:
         if layout.specials == "ieee":
             x = torch.where(magnitude == layout.infinity_code, math.inf, x)
         x = torch.copysign(x, torch.where(codes >> width & 1 == 1, -1.0, 1.0).double())
-        return x if layout.has_negative_zero else torch.where(codes == 1 << width, math.nan, x)
+        if layout.has_negative_zero:
+            return x
+        return torch.where(codes == 1 << width, math.nan, x + 0.0)  # −0 + 0 = 0
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,18 @@ class FunctionCodec:
         return self.encode(codes)
 
 
-@lru_cache(maxsize=1024)
+_KNOWN: dict[str, Codec] = {}
+
+
 def codec_of(fmt: Format) -> Codec:
     """Return the codec of a format's values."""
+    codec = _KNOWN.get(fmt.name)
+    if codec is None:
+        codec = _KNOWN[fmt.name] = _codec(fmt)
+    return codec
+
+
+def _codec(fmt: Format) -> Codec:
     if fmt.kind == "int":
         return IntegerCodec()
     if fmt.layout is not None:

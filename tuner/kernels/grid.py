@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,9 +11,7 @@ from tuner.errors import DataError
 from tuner.granularity import Granularity
 from tuner.kernels.codecs import Bound, Codec
 from tuner.kernels.layout import block_parameter, block_view
-from tuner.kernels.native import mask as native_mask
-from tuner.kernels.native import snap as native_snap
-from tuner.kernels.native import takes
+from tuner.kernels.native import NativeGrid, takes
 
 _CHUNK = 128 * 1024  # values a thread keeps in its cache
 _HALVES = (torch.float16, torch.bfloat16)
@@ -38,6 +37,11 @@ class Grid:
     backward: Callable[[Tensor], Tensor] | None = None
     backward_format: str | None = None
 
+    @cached_property
+    def native(self) -> NativeGrid:
+        """The grid as the native kernels take it."""
+        return NativeGrid(self.granularity, self.scale, self.low, self.high, self.codec)
+
 
 def check_floats(x: object, purpose: str) -> None:
     """Raise DataError unless `x` is a tensor of 16, 32 or 64 bit floats."""
@@ -58,7 +62,7 @@ def snap(x: Tensor, grid: Grid) -> Tensor:
     For integers that is `clamp(rne(x / scale), low, high) · scale`.
     """
     if grid.inverse is None and takes(x):
-        out = native_snap(x, grid.granularity, grid.scale, grid.low, grid.high, grid.codec)
+        out = grid.native.snap(x)
         if out is not None:
             return out
     return _snap_in_torch(x, grid)
@@ -106,9 +110,8 @@ def masked_gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
     The largest value of a tensor must count as inside although `amax / (amax / high)` may come out
     one rounding above `high`: the comparison allows for two roundings of fp32.
     """
-    if grid.inverse is None:
-        bounds = grid.scale, grid.low, grid.high
-        masked = native_mask(x, gradient, grid.granularity, *bounds)
+    if grid.inverse is None and takes(x):
+        masked = grid.native.mask(x, gradient)
         if masked is not None:
             return masked
     steps, low, high = _steps(x, grid)

@@ -15,7 +15,7 @@ from tuner.granularity import Granularity, PerBlock, PerChannel, PerGroup
 from tuner.kernels.buffers import POOL
 from tuner.kernels.build import library
 from tuner.kernels.codecs import Bound, Codec, FloatCodec, IntegerCodec
-from tuner.kernels.layout import block_parameter, parameter_shape
+from tuner.kernels.layout import Shape, block_parameter, parameter_shape
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _TYPES = (Tensor, nn.Parameter)
@@ -82,76 +82,109 @@ def takes(x: Tensor) -> bool:
         and not x.is_neg()
         and not torch._C._is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and _function("snap_tensor", x.dtype) is not None
+        and _is_there(x.dtype)
     )
 
 
-def snap(
-    x: Tensor, granularity: Granularity, scale: Bound, low: Bound, high: Bound, codec: Codec
-) -> Tensor | None:
-    """Return `x` on the grid in its own memory format; None where only torch can do it."""
-    c_codec = _c_codec(codec)
-    if c_codec is None:
-        return None
-    numbers = not isinstance(scale, Tensor) and not isinstance(low, Tensor)
-    view = _dense(x, granularity, numbers)
-    if view is None:
-        return None
-    dense, axis_moved = view
-    out = POOL.empty_like(x)
-    target = ctypes.addressof(c_codec)
-    if numbers:
-        run = _function("snap_tensor", x.dtype)
-        run(dense.data_ptr(), out.data_ptr(), x.numel(), scale, low, high, target)  # type: ignore[misc]
+class NativeGrid:
+    """A grid as the native functions take it; see `tuner.kernels.grid.Grid` for its parameters."""
+
+    def __init__(
+        self, granularity: Granularity, scale: Bound, low: Bound, high: Bound, codec: Codec
+    ) -> None:
+        self._granularity = granularity
+        self._bounds = scale, low, high
+        self._one_scale = not isinstance(scale, Tensor) and not isinstance(low, Tensor)
+        self._codec = _c_codec(codec)
+        self._codec_address = None if self._codec is None else ctypes.addressof(self._codec)
+        self._layouts: dict[object, _Prepared] = {}
+
+    def snap(self, x: Tensor) -> Tensor | None:
+        """Return `x` on the grid in its own memory format; None where only torch can do it."""
+        if self._codec_address is None:
+            return None
+        if self._one_scale:
+            dense = x if x.is_contiguous() else _in_memory_order(x)
+            if dense is None:
+                return None
+            out = POOL.empty_like(x)
+            run = _function("snap_tensor", x.dtype)
+            run(dense.data_ptr(), out.data_ptr(), x.numel(), *self._bounds, self._codec_address)
+            return out
+        prepared = self._prepared(x)
+        if prepared is None:
+            return None
+        out = POOL.empty_like(x)
+        run = _function("snap_layout", x.dtype)
+        run(x.data_ptr(), out.data_ptr(), *prepared.addresses, self._codec_address)
         return out
-    run = _function("snap_layout", x.dtype)
-    kept = _layout_parameters(tuple(dense.shape), axis_moved, scale, low, high)
-    layout, parameters = (ctypes.addressof(c) for c in kept[:2])
-    run(dense.data_ptr(), out.data_ptr(), layout, parameters, target)  # type: ignore[misc]
-    return out
+
+    def mask(self, x: Tensor, gradient: Tensor) -> Tensor | None:
+        """Return the gradient where `low <= x / scale <= high`, else 0; None if only torch can."""
+        if gradient.dtype != x.dtype or type(gradient) not in _TYPES or not x.is_contiguous():
+            return None
+        gradient = gradient.contiguous()
+        out = POOL.empty_like(x)
+        pointers = x.data_ptr(), gradient.data_ptr(), out.data_ptr()
+        if self._one_scale:
+            _function("mask_tensor", x.dtype)(*pointers, x.numel(), *self._bounds)
+            return out
+        prepared = self._prepared(x)
+        if prepared is None:
+            return None
+        _function("mask_layout", x.dtype)(*pointers, *prepared.addresses)
+        return out
+
+    def _prepared(self, x: Tensor) -> "_Prepared | None":
+        """Return the layout of tensors of this shape and order in memory, made once."""
+        key = x.shape, x.is_contiguous() or x.stride()
+        prepared = self._layouts.get(key)
+        if prepared is None:
+            moved = _moved(x, self._granularity)
+            if moved is None:
+                return None
+            prepared = self._layouts[key] = _Prepared(*moved, *self._bounds)
+        return prepared
 
 
-def mask(
-    x: Tensor, gradient: Tensor, granularity: Granularity, scale: Bound, low: Bound, high: Bound
-) -> Tensor | None:
-    """Return the gradient where `low <= x / scale <= high`, else 0; None if only torch can."""
-    if gradient.dtype != x.dtype or type(gradient) not in _TYPES or not takes(x):
-        return None
-    numbers = not isinstance(scale, Tensor) and not isinstance(low, Tensor)
-    if not x.is_contiguous():
-        return None
-    gradient = gradient.contiguous()
-    out = POOL.empty_like(x)
-    pointers = x.data_ptr(), gradient.data_ptr(), out.data_ptr()
-    if numbers:
-        _function("mask_tensor", x.dtype)(*pointers, x.numel(), scale, low, high)  # type: ignore[misc]
-        return out
-    kept = _layout_parameters(tuple(x.shape), granularity, scale, low, high)
-    layout, parameters = (ctypes.addressof(c) for c in kept[:2])
-    _function("mask_layout", x.dtype)(*pointers, layout, parameters)  # type: ignore[misc]
-    return out
+class _Prepared:
+    """The structures of one layout, with the tensors that they point to."""
+
+    def __init__(
+        self, shape: Shape, granularity: Granularity, scale: Bound, low: Bound, high: Bound
+    ) -> None:
+        expected = parameter_shape(shape, granularity)
+        scales = scale if isinstance(scale, Tensor) else torch.tensor(scale)
+        self._held = [_floats(b, shape, expected, granularity) for b in (scales, low, high)]
+        pointers = [None if kept is None else kept.data_ptr() for kept in self._held]
+        ends = [0.0 if isinstance(bound, Tensor) else bound for bound in (low, high)]
+        self._layout = _layout_of(shape, granularity)
+        self._parameters = _Parameters(*pointers, *ends)
+        self.addresses = ctypes.addressof(self._layout), ctypes.addressof(self._parameters)
 
 
 def snap_mx(x: Tensor, mx: MxScale, codec: Codec) -> Tensor | None:
     """Return `x` in an MX format, each block on its own scale; None if only torch can do it."""
-    c_codec = _c_codec(codec)
-    if c_codec is None or not x.is_contiguous() or not takes(x):
+    c_codec = _c_codec(codec) if takes(x) and x.is_contiguous() else None
+    if c_codec is None:
         return None
-    c_mx = _Mx(_ROUNDINGS.index(mx.rounding), mx.emax, mx.mantissa, mx.size, mx.largest)
     out = POOL.empty_like(x)
     length = x.shape[-1]
     rows = x.numel() // length if length else 0
-    addresses = ctypes.addressof(c_mx), ctypes.addressof(c_codec)
-    _function("snap_mx", x.dtype)(x.data_ptr(), out.data_ptr(), rows, length, *addresses)  # type: ignore[misc]
+    addresses = ctypes.addressof(_c_mx(mx)), ctypes.addressof(c_codec)
+    _function("snap_mx", x.dtype)(x.data_ptr(), out.data_ptr(), rows, length, *addresses)
     return out
 
 
 @cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
-    loaded = library()
-    function = getattr(loaded, f"{name}_{_SUFFIX[dtype]}", None)
-    if function is not None:
-        function.argtypes, function.restype = _ARGUMENTS[name], None
+def _is_there(dtype: torch.dtype) -> bool:
+    return hasattr(library(), f"snap_tensor_{_SUFFIX[dtype]}")
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    function: Callable[..., None] = getattr(library(), f"{name}_{_SUFFIX[dtype]}")
+    function.argtypes, function.restype = _ARGUMENTS[name], None  # type: ignore[attr-defined]
     return function
 
 
@@ -162,6 +195,11 @@ def _c_codec(codec: Codec) -> _Codec | None:
     if isinstance(codec, FloatCodec) and codec.layout.mantissa_bits < 23:
         return _float_codec(codec, codec.layout)
     return None
+
+
+@lru_cache(maxsize=256)
+def _c_mx(mx: MxScale) -> _Mx:
+    return _Mx(_ROUNDINGS.index(mx.rounding), mx.emax, mx.mantissa, mx.size, mx.largest)
 
 
 def _float_codec(codec: FloatCodec, layout: FloatLayout) -> _Codec:
@@ -180,37 +218,27 @@ def _float_codec(codec: FloatCodec, layout: FloatLayout) -> _Codec:
     )
 
 
-def _dense(x: Tensor, granularity: Granularity, numbers: bool) -> tuple[Tensor, Granularity] | None:
-    """Return a contiguous view of the same memory, and the granularity in its order of axes."""
+def _in_memory_order(x: Tensor) -> Tensor | None:
+    """Return a contiguous view of a tensor without gaps, None if it has any."""
+    view = x.permute(_order(x))
+    return view if view.is_contiguous() else None
+
+
+def _order(x: Tensor) -> list[int]:
+    return sorted(range(x.ndim), key=x.stride, reverse=True)
+
+
+def _moved(x: Tensor, granularity: Granularity) -> tuple[Shape, Granularity] | None:
+    """Return shape and granularity in the order of memory; None where that cannot be said."""
     if x.is_contiguous():
-        return x, granularity
-    order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    view = x.permute(order)
-    if not view.is_contiguous():
+        return tuple(x.shape), granularity
+    view = _in_memory_order(x)
+    if view is None or not isinstance(granularity, PerChannel):
         return None
-    if numbers:
-        return view, granularity
-    if isinstance(granularity, PerChannel):
-        return view, PerChannel(order.index(granularity.axis % x.ndim))
-    return None
+    return tuple(view.shape), PerChannel(_order(x).index(granularity.axis % x.ndim))
 
 
-def _layout_parameters(
-    shape: tuple[int, ...], granularity: Granularity, scale: Bound, low: Bound, high: Bound
-) -> tuple[_Layout, _Parameters, list[Tensor]]:
-    """Return the structures, and the tensors that must live as long as they are used."""
-    expected = parameter_shape(shape, granularity)
-    scales = scale if isinstance(scale, Tensor) else torch.tensor(scale)
-    held = [_floats(bound, shape, expected, granularity) for bound in (scales, low, high)]
-    pointers = [None if kept is None else kept.data_ptr() for kept in held]
-    ends = [0.0 if isinstance(bound, Tensor) else bound for bound in (low, high)]
-    layout = _layout_of(shape, granularity)
-    return layout, _Parameters(*pointers, *ends), [kept for kept in held if kept is not None]
-
-
-def _floats(
-    bound: Bound, shape: tuple[int, ...], expected: tuple[int, ...], granularity: Granularity
-) -> Tensor | None:
+def _floats(bound: Bound, shape: Shape, expected: Shape, granularity: Granularity) -> Tensor | None:
     if not isinstance(bound, Tensor):
         return None
     block_parameter(bound, shape, granularity)  # raises where the shape does not fit
@@ -218,7 +246,7 @@ def _floats(
 
 
 @lru_cache(maxsize=4096)
-def _layout_of(shape: tuple[int, ...], granularity: Granularity) -> _Layout:
+def _layout_of(shape: Shape, granularity: Granularity) -> _Layout:
     axis = granularity.axis if isinstance(granularity, PerChannel | PerGroup) else -1
     axis %= len(shape)
     outer, length, inner = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
