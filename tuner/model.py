@@ -10,7 +10,7 @@ from torch import nn
 
 from tuner.errors import PlanError
 from tuner.graph import MacCounter, OpGraph, Recorder
-from tuner.ops import FAMILY_OF_MODULE, Family, Op
+from tuner.ops import FAMILY_OF_MODULE, Family, Op, WeightRef
 from tuner.qparams import QParams
 from tuner.quantizer import Quantizer
 from tuner.schemes import OpConfig, TensorScheme
@@ -73,6 +73,17 @@ class InstrumentedModel:
         with torch.no_grad(), self.watching(recorder), MacCounter(recorder):
             output = run()
             return recorder.graph(output, samples)
+
+    def module_ops(self) -> dict[str, Op]:
+        """Return the ops that are modules, without running the model: no shapes, no MACs."""
+        paths = {id(p): name for name, p in self.model.named_parameters()}
+        ops = {}
+        for name, family in self._op_modules.items():
+            ops[name] = _module_op(name, self.model.get_submodule(name), family, paths)
+        for path in sorted(self._attention):
+            attention = self.model.get_submodule(path)
+            ops.update(self.record(partial(_call_attention, attention), 1).ops)
+        return ops
 
     def install(self, ops: Mapping[str, Op], ranges: Ranges) -> None:
         """Say which ops plans may speak of, and where activation ranges come from."""
@@ -210,6 +221,29 @@ def _family_of(module: nn.Module) -> Family | None:
             plain = all(module._parameters.get(name) is not None for name in names)
             return family if plain else None
     return None
+
+
+def _module_op(name: str, module: nn.Module, family: Family, paths: Mapping[int, str]) -> Op:
+    parameters = [module.get_parameter(weight) for weight in family.weight_names(module)]
+    looks_up = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return Op(
+        name=name,
+        type=family.op_type,
+        weights=tuple(WeightRef(paths[id(p)], family.channel_axis) for p in parameters),
+        activations=() if looks_up else (0,),
+        products=(),
+        input_shapes=(),
+        output_shape=(),
+        parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+        by_default=family.by_default,
+    )
+
+
+def _call_attention(module: nn.Module) -> Any:
+    """Call attention on zeros of the widths that it has."""
+    assert isinstance(module, nn.MultiheadAttention)
+    widths = module.embed_dim, module.kdim, module.vdim
+    return module(*(module.out_proj.weight.new_zeros(1, 1, width) for width in widths))
 
 
 def _set_fast_path(model: nn.Module, on: bool) -> None:
