@@ -25,15 +25,15 @@ ROOT = Path(__file__).parents[1]
 
 # Inside `tuner`, a module imports only from its own line or a line above.
 ORDER = (
-    ("errors", "version", "subclasses"),
+    ("errors", "version", "subclasses", "saved_files"),
     ("float_layout",),
     ("formats", "granularity", "criteria", "tensors", "scores", "isolation"),
     ("schemes",),
-    ("plan", "config"),
+    ("plan", "config", "saved_formats"),
     ("kernels", "packing", "ranges", "histogram", "records"),
     ("blocks", "statistics", "calibrators", "calibrate", "ops", "batches"),
-    ("qparams", "quantizer", "weights"),
-    ("sites", "graph", "capture", "model", "observe"),
+    ("qparams", "quantizer", "weights", "packed_tensor", "biases"),
+    ("sites", "graph", "capture", "model", "observe", "data_pass"),
     ("presets", "sensitivity", "costs", "recovery", "search_space"),
     ("report", "exporters", "results", "progress", "storage"),
     ("op_table", "saving", "quantized_model", "preparation"),
