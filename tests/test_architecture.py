@@ -36,7 +36,7 @@ ORDER = (
     ("sites", "graph", "capture", "model", "observe", "data_pass"),
     ("presets", "sensitivity", "costs", "recovery", "search_space"),
     ("report", "exporters", "results", "progress", "storage"),
-    ("op_table", "saving", "quantized_model", "preparation"),
+    ("op_table", "saving", "quantized_model", "preparation", "simulate"),
     ("session",),
     ("quantization", "recipes"),
     ("cli",),

@@ -1,4 +1,4 @@
-"""The face of the library: fit() and load()."""
+"""The face of the library: fit(), load() and simulate()."""
 
 import hashlib
 import time
@@ -31,9 +31,10 @@ from tuner.session import (
     judged,
     model_signature,
 )
+from tuner.simulate import simulate
 from tuner.storage import StudyHeader, StudyStore
 
-__all__ = ["fit", "load"]
+__all__ = ["fit", "load", "simulate"]
 
 
 def fit(

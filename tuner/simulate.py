@@ -1,0 +1,238 @@
+"""One quantization on a whole model, or one per rule: simulate()."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from tuner import formats
+from tuner.config import Rule, SearchSpace
+from tuner.data_pass import DataPass
+from tuner.errors import DataError, SpaceError, TunerError, UnsupportedError
+from tuner.isolation import copied, isolated_random_state
+from tuner.model import OUTPUT, InstrumentedModel
+from tuner.observe import Operands
+from tuner.ops import Op
+from tuner.plan import Plan
+from tuner.ranges import QParams
+from tuner.records import describe_config
+from tuner.schemes import OpConfig, TensorScheme
+from tuner.search_space import candidates_of
+
+_log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+SchemeOrName = TensorScheme | str
+_ONLY_FLOAT = (OpConfig.float(),)
+
+
+def simulate(
+    model: Model,
+    inputs: SchemeOrName | None = None,
+    weights: SchemeOrName | None = None,
+    outputs: SchemeOrName | None = None,
+    calib_dataloader: Iterable[Any] | None = None,
+    *,
+    rules: Iterable[Rule] = (),
+    forward: Callable[[Any, Any], Any] | None = None,
+    calib_samples: int | None = None,
+) -> Model:
+    """Return a copy of the model, in eval mode, that computes as if it were quantized.
+
+    The schemes go on every op with multiply-accumulates, and `weights` on embeddings; rules give
+    other ops, or other schemes, by type or name. `print()` of the copy shows schemes and scales.
+    The structure stays as it is: batch norm is not folded. Weights are rounded once, when this
+    returns; inputs and outputs at each call, their gradient passed straight through.
+
+    Without `calib_dataloader` the model is never run: then functional calls (`F.linear`, `@`,
+    attention) are out of reach and stay FP32, and so do static ranges of inputs and outputs.
+
+    Args:
+        model: the float model; it is never changed.
+        inputs: the scheme of all inputs, or the name of a format: "e4m3fn" stands for
+            TensorScheme(format="e4m3fn"). None leaves them in float.
+        weights: the scheme of all weights. PerChannel(axis) counts the axes of the weight itself:
+            output channels are axis 0, and 1 in a transposed convolution.
+        outputs: the scheme of all outputs.
+        calib_dataloader: batches as fit() takes them, read once: from them come the ranges of
+            static schemes. Modules that they never reach stay FP32, which is logged.
+        rules: each with exactly one option, which replaces all of the above for the ops that it
+            matches; later rules win. OpConfig.float() leaves an op in FP32. LayerNorm, softmax,
+            add, mul and cat are matched by op_types or the full name only.
+        forward: `forward(model, batch)` calls the model on a batch, where the default cannot.
+        calib_samples: how many samples to read at most.
+
+    Raises:
+        DataError: a static range is asked for without data, or the data cannot be used.
+        SpaceError: a rule matches nothing or has several options, or nothing would be quantized.
+        TunerError: the model, a scheme or a format name cannot be used.
+    """
+    config = OpConfig(
+        weight=as_scheme("weights", weights),
+        inputs=as_scheme("inputs", inputs),
+        output=as_scheme("outputs", outputs),
+    )
+    wish = Wish(config, _checked_rules(rules))
+    with isolated_random_state():
+        instrumented = InstrumentedModel(copied(model))
+        if calib_dataloader is None:
+            _refuse_without_data(forward, calib_samples)
+            instrumented.install(instrumented.module_ops(), _NoRanges())
+        else:
+            calibrate_for(instrumented, calib_dataloader, wish.plan, forward, calib_samples)
+        plan = wish.plan(instrumented.ops)
+        if not plan.quantized:
+            raise SpaceError(_why_nothing(wish, instrumented.ops, calib_dataloader is None))
+        instrumented.apply(plan)
+        instrumented.weights.forget_cache()
+    return cast(Model, instrumented.model)
+
+
+class Wish:
+    """What the user wants: one configuration for all ops, and rules for some."""
+
+    def __init__(self, config: OpConfig, rules: tuple[Rule, ...] = ()) -> None:
+        self.config = config
+        self.rules = rules
+
+    def plan(self, ops: Mapping[str, Op]) -> Plan:
+        """Return the plan for these ops; raises SpaceError for a rule that matches nothing."""
+        chosen = {name: self._default(op) for name, op in ops.items() if op.by_default}
+        for rule in self.rules:
+            chosen.update(_by_rule(ops, rule))
+        return Plan(chosen)
+
+    def _default(self, op: Op) -> OpConfig:
+        """Return the configuration of an op that no rule names: of embeddings, the weight only."""
+        if op.activations:
+            return fitted(op, self.config)
+        return fitted(op, OpConfig(weight=self.config.weight))
+
+
+def fitted(op: Op, config: OpConfig) -> OpConfig:
+    """Return what a configuration means for one op: a scheme for each tensor that it has."""
+    if config.recovery or config.bias is not None:
+        raise UnsupportedError(
+            f"{op.name}: OpConfig(recovery=…) and OpConfig(bias=…) are not supported by this "
+            "version: leave them out"
+        )
+    if isinstance(config.inputs, tuple) and len(config.inputs) > op.operand_count:
+        raise SpaceError(
+            f"{op.name} ({op.type}) has {op.operand_count} input operands, but "
+            f"{len(config.inputs)} schemes are given: give one for all, or one each"
+        )
+    operands = range(op.operand_count)
+    inputs = tuple(config.input_scheme(i) if i in op.activations else None for i in operands)
+    return OpConfig(
+        weight=config.weight if op.weights else None,
+        inputs=inputs if any(inputs) else None,
+        output=config.output,
+    )
+
+
+def calibrate_for(
+    model: InstrumentedModel,
+    loader: Iterable[Any],
+    plan_of: Callable[[Mapping[str, Op]], Mapping[str, OpConfig]],
+    forward: Callable[[Any, Any], Any] | None = None,
+    calib_samples: int | None = None,
+) -> None:
+    """Read the data once, and install the ops that it reached with the ranges that plans need.
+
+    `plan_of` returns, for ops, every configuration that they will need ranges for.
+    """
+
+    def wanted(ops: Mapping[str, Op]) -> Operands:
+        return {name: static_operands(config) for name, config in plan_of(ops).items()}
+
+    data = DataPass(model, loader, forward, calib_samples)
+    data.record()
+    ranges = data.calibrate(wanted)
+    model.install(data.graph.ops, ranges)
+    if data.graph.unreached:
+        _log.info(
+            "the calibration data never reached %d modules, which stay FP32: %s",
+            len(data.graph.unreached),
+            ", ".join(data.graph.unreached),
+        )
+
+
+def static_operands(config: OpConfig) -> tuple[int, ...]:
+    """Return the operands of a fitted configuration (OUTPUT for the output) that need a range."""
+    inputs = config.inputs if isinstance(config.inputs, tuple) else ()
+    schemes = {**dict(enumerate(inputs)), OUTPUT: config.output}
+    return tuple(i for i, scheme in schemes.items() if scheme is not None and scheme.needs_range)
+
+
+def as_scheme(name: str, given: SchemeOrName | None) -> TensorScheme | None:
+    """Return a scheme, where the argument `name` may also be the name of a format."""
+    if isinstance(given, str):
+        formats.get(given)  # says which names are near
+        return TensorScheme(format=given)
+    if given is not None and not isinstance(given, TensorScheme):
+        raise TunerError(
+            f"{name} is a {type(given).__name__}: give a TensorScheme, or the name of a format "
+            "such as 'int8' or 'e4m3fn'"
+        )
+    return given
+
+
+class _NoRanges:
+    """Stands for calibration where there is no data."""
+
+    def qparams(self, op: str, operand: int, scheme: TensorScheme) -> QParams:
+        """Refuse."""
+        which = "output" if operand == OUTPUT else f"input {operand}"
+        raise DataError(
+            f"{op}: the static range of its {which} ({scheme.format}) must come from data: give "
+            "calib_dataloader, or a scheme with dynamic=True"
+        )
+
+
+def _checked_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    if isinstance(rules, Rule) or not isinstance(rules, Iterable):
+        raise TunerError(f"rules is a {type(rules).__name__}: give a list, rules=[Rule(…)]")
+    rules = tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TunerError(f"rules holds a {type(rule).__name__}: give Rule(…) objects")
+        if len(rule.options) != 1:
+            raise SpaceError(
+                f"a rule has {len(rule.options)} options: in a simulation nothing is chosen, so "
+                "give each rule exactly one, Rule(…, options=[OpConfig(…)])"
+            )
+    return rules
+
+
+def _by_rule(ops: Mapping[str, Op], rule: Rule) -> dict[str, OpConfig]:
+    """Return what a rule says of the ops that it matches."""
+    (config,) = rule.options
+    probe = rule.model_copy(update={"options": _ONLY_FLOAT})  # matches the same, and fits every op
+    found = candidates_of(ops, SearchSpace(rules=[probe]), {})
+    matched = [name for name, candidates in found.items() if candidates[0].given]
+    chosen = {name: fitted(ops[name], config) for name in matched}
+    if not config.is_float and all(c.is_float for c in chosen.values()):
+        raise SpaceError(
+            f"a rule changes nothing: {', '.join(matched[:4])} have no weight or input of the kind "
+            f"that its option speaks of ({describe_config(config)})"
+        )
+    return chosen
+
+
+def _refuse_without_data(forward: object, calib_samples: object) -> None:
+    for name, value in (("forward", forward), ("calib_samples", calib_samples)):
+        if value is not None:
+            raise TunerError(f"{name} says how to read data: give calib_dataloader, too")
+
+
+def _why_nothing(wish: Wish, ops: Mapping[str, Op], without_data: bool) -> str:
+    if wish.config.is_float and not wish.rules:
+        return "nothing would be quantized: give inputs, weights, outputs or rules"
+    found = ", ".join(f"{op.name} ({op.type})" for op in ops.values()) or "none"
+    if len(found) > 200:
+        found = f"{found[:200]}…"
+    hint = ". Without calib_dataloader only modules are found" if without_data else ""
+    return (
+        f"nothing would be quantized: no op takes these schemes. Ops that were found: {found}{hint}"
+    )
