@@ -1,10 +1,6 @@
 """A quantized model on disk: plan, packed weights, configuration and result; no pickle."""
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +17,19 @@ from tuner.errors import PlanError, SaveError
 from tuner.isolation import copied
 from tuner.model import OUTPUT, InstrumentedModel
 from tuner.ops import Op, Product, WeightRef
-from tuner.packing import pack_codes, unpack_codes
+from tuner.packed_tensor import (
+    PART_NAMES,
+    StoredTensor,
+    check_parts,
+    pack_tensor,
+    unpack_tensor,
+)
 from tuner.plan import Plan
-from tuner.qparams import compute_qparams, dequantize, quantize
-from tuner.ranges import QParams, symmetric_zero_point
+from tuner.ranges import QParams
 from tuner.recovery.folding import FoldedPair, folded_names, prepare
 from tuner.results import TuningResult
+from tuner.saved_files import as_json, checked, checksums, read_json, write_files
+from tuner.saved_formats import check_formats, definitions
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.version import VERSION
 
@@ -51,12 +54,12 @@ def save_parts(parts: Parts, directory: str | Path) -> Path:
     tensors, activations = _tensors(parts)
     files = {
         _WEIGHTS: save(tensors, {"accutune_layout": str(_LAYOUT)}),
-        _RESULT: _json(parts.result.to_dict()),
+        _RESULT: as_json(parts.result.to_dict()),
         _PLAN: parts.plan.to_json(indent=1).encode(),
     }
-    files[_CONFIG] = _json(_config(parts, activations, files))
+    files[_CONFIG] = as_json(_config(parts, activations, files))
     try:
-        _write(files, target)
+        write_files(files, target)
     except OSError as error:
         raise SaveError(
             f"cannot save to {str(target)!r}: {error.strerror or error}. Choose a folder that can "
@@ -71,7 +74,7 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
     Raises SaveError for a missing, truncated or altered file, PlanError for another architecture.
     """
     source = Path(directory)
-    config = _read_json(source, _CONFIG)
+    config = read_json(source, _CONFIG)
     missing = {"folded", "ops", "weights", "activations", "sha256"} - set(config)
     if missing:
         raise SaveError(f"{source / _CONFIG} is damaged: it lacks {', '.join(sorted(missing))}")
@@ -79,11 +82,15 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
         raise SaveError(
             f"{source / _CONFIG}: layout {config.get('layout')!r}, this reads {_LAYOUT}"
         )
-    contents = {name: _checked(source, name, config) for name in (_WEIGHTS, _PLAN, _RESULT)}
+    contents = {
+        name: checked(source, name, config["sha256"]) for name in (_WEIGHTS, _PLAN, _RESULT)
+    }
     try:
         tensors = load(contents[_WEIGHTS])
     except SafetensorError as error:
         raise SaveError(f"{source / _WEIGHTS} is damaged: {error}") from error
+    for name in (_PLAN, _RESULT):
+        check_formats(json.loads(contents[name]), config.get("formats", {}))
     plan = Plan.from_json(contents[_PLAN].decode())
     result = TuningResult.from_dict(json.loads(contents[_RESULT]))
     folded = tuple(FoldedPair(**pair) for pair in config["folded"])
@@ -100,7 +107,7 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
 def read_result(directory: str | Path) -> TuningResult:
     """Read the result of a saved directory; raises SaveError where it is damaged."""
     source = Path(directory)
-    contents = _checked(source, _RESULT, _read_json(source, _CONFIG))
+    contents = checked(source, _RESULT, read_json(source, _CONFIG).get("sha256", {}))
     return TuningResult.from_dict(json.loads(contents))
 
 
@@ -118,7 +125,9 @@ class SavedRanges:
         position = self._position.get((op, operand))
         if position is None:
             raise PlanError(f"{op}: no range was saved for operand {operand} (calibrate again)")
-        return QParams(self._scales[position], self._zero_points[position])
+        is_integer = formats.get(scheme.format).kind == "int"
+        zero_point = self._zero_points[position] if is_integer else None
+        return QParams(self._scales[position], zero_point)
 
 
 def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
@@ -133,7 +142,8 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
         if name not in needless and name not in packed_paths
     }
     for ref, scheme in weights.values():
-        tensors.update(_packed_now(ref, scheme, model))
+        packed = _packed_now(ref, scheme, model)
+        tensors.update({f"{_stem(ref)}.{part}": tensor for part, tensor in packed.items()})
     for path in packed_paths:
         tensors.update(_float_rows(path, model, weights))
     order, scales, zero_points = [], [], []
@@ -141,9 +151,9 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
         site = model.runtime.sites.get(name)
         quantizers = [] if site is None else [*enumerate(site.inputs), (OUTPUT, site.output)]
         for index, quantizer in quantizers:
-            if quantizer is not None and quantizer.qparams is not None:
+            if quantizer is not None and quantizer.qparams and quantizer.scheme.needs_range:
                 order.append((name, index))
-                scales.append(_as_scales(quantizer.qparams.scale).reshape(()))
+                scales.append(torch.as_tensor(quantizer.qparams.scale).detach().cpu().reshape(()))
                 zero_points.append(int(quantizer.qparams.zero_point or 0))
     if order:
         tensors[_SCALES] = torch.stack(_promoted(scales))
@@ -152,8 +162,9 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
 
 
 def _promoted(scales: list[Tensor]) -> list[Tensor]:
+    """Give scales one dtype: float64 where a float64 model has one, else float32."""
     double = any(scale.dtype == torch.float64 for scale in scales)
-    return [scale.double() if double else scale for scale in scales]
+    return [scale.double() if double else scale.float() for scale in scales]
 
 
 def _weight_schemes(
@@ -171,55 +182,30 @@ def _stem(ref: WeightRef) -> str:
     return ref.path if ref.rows is None else f"{ref.path}[{ref.rows[0]}:{ref.rows[1]}]"
 
 
-def _packed_now(
-    ref: WeightRef, scheme: TensorScheme, model: InstrumentedModel
-) -> dict[str, Tensor]:
-    """Return the codes of the weight as it is on the model, trained further or not."""
+def _packed_now(ref: WeightRef, scheme: TensorScheme, model: InstrumentedModel) -> StoredTensor:
+    """Return the parts of the weight as it is on the model, trained further or not."""
     current = ref.of(dict(model.model.named_parameters())[ref.path].detach().cpu())
+    if not formats.get(scheme.format).has_codes:  # what a function returns may differ each time
+        return {**_packed(ref, scheme, model), "values": current.contiguous().clone()}
+    packed = _packed(ref, scheme, model)
+    value = unpack_tensor(packed, scheme, tuple(current.shape), current.dtype)
+    return packed if _equal(value, current) else pack_tensor(current, scheme)
+
+
+def _packed(ref: WeightRef, scheme: TensorScheme, model: InstrumentedModel) -> StoredTensor:
     known = model.weights.packed(ref, scheme)
-    packed = dict(known or _packed(ref, scheme, model.weights.original(ref)))
-    value = _unpacked(ref, scheme, tuple(current.shape), packed).to(current.dtype)
-    return packed if torch.equal(value, current) else _packed(ref, scheme, current)
+    return pack_tensor(model.weights.original(ref), scheme) if known is None else known
 
 
-def _packed(ref: WeightRef, scheme: TensorScheme, weight: Tensor) -> dict[str, Tensor]:
-    weight = weight.detach().cpu()
-    qparams = compute_qparams(weight, scheme)
-    codes = quantize(weight, scheme, qparams)
-    tensors = {
-        f"{_stem(ref)}.codes": pack_codes(codes, scheme.bits),
-        f"{_stem(ref)}.scale": _as_scales(qparams.scale).contiguous(),
-    }
-    if qparams.zero_point is not None and not scheme.symmetric:
-        zero_point = torch.as_tensor(qparams.zero_point, dtype=torch.int32)
-        tensors[f"{_stem(ref)}.zero_point"] = zero_point.contiguous()
-    return tensors
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _packed_of(ref: WeightRef, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = [f"{_stem(ref)}.{part}" for part in ("codes", "scale", "zero_point")]
-    missing = [name for name in names[:2] if name not in tensors]
-    if missing:
-        raise SaveError(f"{_WEIGHTS} lacks {missing[0]!r}: it was not written with this plan")
-    return {name: tensors[name] for name in names if name in tensors}
-
-
-def _unpacked(
-    ref: WeightRef, scheme: TensorScheme, shape: tuple[int, ...], packed: Mapping[str, Tensor]
-) -> Tensor:
-    stem = _stem(ref)
-    signed = formats.get(scheme.format).signed
-    codes = unpack_codes(packed[f"{stem}.codes"], scheme.bits, signed, shape)
-    scale, zero_point = packed[f"{stem}.scale"], packed.get(f"{stem}.zero_point")
-    if zero_point is None and scheme.symmetric and (middle := symmetric_zero_point(scheme)):
-        zero_point = torch.full_like(scale, middle, dtype=torch.int32)
-    return dequantize(codes, scheme, QParams(scale, zero_point))
-
-
-def _as_scales(scale: Any) -> Tensor:
-    """Keep float64 scales (of float64 models) as they are; all others are float32."""
-    tensor = torch.as_tensor(scale).detach().cpu()
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+def _parts_of(stem: str, scheme: TensorScheme, tensors: Mapping[str, Tensor]) -> StoredTensor:
+    names = {part: f"{stem}.{part}" for part in PART_NAMES}
+    parts = {part: tensors[name] for part, name in names.items() if name in tensors}
+    check_parts(parts, scheme, stem)
+    return parts
 
 
 def _float_rows(
@@ -271,8 +257,8 @@ def _restore(
                 f"{_stem(ref)!r} has shape {list(target.shape)} in this model, and shape "
                 f"{shapes.get(_stem(ref))} was saved: it is a plan for another architecture"
             )
-        packed = _packed_of(ref, tensors)
-        value = _unpacked(ref, scheme, tuple(target.shape), packed)
+        packed = _parts_of(_stem(ref), scheme, tensors)
+        value = unpack_tensor(packed, scheme, tuple(target.shape), target.dtype)
         model.weights.adopt(ref, value, scheme, packed)
 
 
@@ -298,7 +284,8 @@ def _config(parts: Parts, activations: list[Any], files: Mapping[str, bytes]) ->
         "ops": [asdict(op) for op in parts.model.ops.values()],
         "weights": _shapes(parts),
         "activations": activations,
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        "formats": definitions(json.loads(files[_PLAN])),
+        "sha256": checksums(files),
     }
 
 
@@ -323,61 +310,3 @@ def _op(entry: Mapping[str, Any]) -> Op:
             "output_shape": tuple(entry["output_shape"]),
         }
     )
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()
-
-
-def _write(files: Mapping[str, bytes], target: Path) -> None:
-    """Write all files beside the target first, then move them to it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        for name, data in files.items():
-            (staged / name).write_bytes(data)
-        if not target.exists():
-            os.chmod(staged, 0o777 & ~_umask())
-            os.rename(staged, target)
-            return
-        for name in files:
-            os.replace(staged / name, target / name)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _read(source: Path, name: str) -> bytes:
-    try:
-        return (source / name).read_bytes()
-    except OSError as error:
-        raise SaveError(
-            f"cannot read {str(source / name)!r}: {error.strerror}. Give a directory that "
-            "QuantizedModel.save() wrote"
-        ) from error
-
-
-def _read_json(source: Path, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(source, name))
-    except ValueError as error:
-        raise SaveError(f"{source / name} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise SaveError(f"{source / name} is damaged: it holds no JSON object")
-    return value
-
-
-def _checked(source: Path, name: str, config: Mapping[str, Any]) -> bytes:
-    """Read a file and hold it against the checksum in config.json."""
-    data = _read(source, name)
-    if hashlib.sha256(data).hexdigest() != config.get("sha256", {}).get(name):
-        raise SaveError(
-            f"{source / name} is truncated or altered: its checksum differs from the one in "
-            f"{_CONFIG}. Save the model again"
-        )
-    return data

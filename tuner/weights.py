@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tuner.ops import WeightRef
-from tuner.qparams import compute_qparams, fake_quantize
+from tuner.packed_tensor import StoredTensor, stored_qparams
+from tuner.qparams import compute_qparams, fake_quantize, whole_scale
 from tuner.schemes import TensorScheme
 
 _Key = tuple[str, tuple[int, int] | None]
@@ -26,7 +27,7 @@ class WeightStore:
         self._originals = {name: p.data for name, p in self._parameters.items()}
         self._schemes: dict[_Key, TensorScheme] = {}
         self._cache: OrderedDict[tuple[_Key, TensorScheme], Tensor] = OrderedDict()
-        self._adopted: dict[tuple[_Key, TensorScheme], Mapping[str, Tensor]] = {}
+        self._adopted: dict[tuple[_Key, TensorScheme], StoredTensor] = {}
         self._cached_bytes = 0
         self._max_bytes = max_bytes
 
@@ -35,7 +36,7 @@ class WeightStore:
         return ref.of(self._originals[ref.path])
 
     def adopt(
-        self, ref: WeightRef, weight: Tensor, scheme: TensorScheme, packed: Mapping[str, Tensor]
+        self, ref: WeightRef, weight: Tensor, scheme: TensorScheme, packed: StoredTensor
     ) -> None:
         """Take weights that were quantized before (a loaded plan) as they are, and their codes."""
         self._adopted[ref.key, scheme] = packed
@@ -43,16 +44,18 @@ class WeightStore:
         target.copy_(weight.to(target.dtype))
         self._schemes[ref.key] = scheme
 
-    def packed(self, ref: WeightRef, scheme: TensorScheme) -> Mapping[str, Tensor] | None:
+    def packed(self, ref: WeightRef, scheme: TensorScheme) -> StoredTensor | None:
         """Return the codes that `adopt` was given, or None if the float weight is here."""
         return self._adopted.get((ref.key, scheme))
 
     def scales(self, ref: WeightRef, scheme: TensorScheme) -> Tensor:
-        """Return the scales of a weight under a scheme."""
+        """Return the scales of a weight under a scheme, a global scale multiplied in."""
         packed = self.packed(ref, scheme)
-        if packed is not None:
-            return next(tensor for name, tensor in packed.items() if name.endswith(".scale"))
-        return torch.as_tensor(compute_qparams(self.original(ref), scheme).scale)
+        if packed is None:
+            qparams = compute_qparams(self.original(ref), scheme)
+        else:
+            qparams = stored_qparams(packed, scheme)
+        return torch.as_tensor(whole_scale(qparams))
 
     def set(self, ref: WeightRef, scheme: TensorScheme | None) -> None:
         """Quantize a weight by a scheme, or give it its float values back."""
