@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tuner.calibrate import calibrate
-from tuner.errors import CalibrationWarning, DataError, SchemeError, UnsupportedError
+from tuner.errors import CalibrationWarning, DataError, SchemeError
 from tuner.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from tuner.qparams import QParams, compute_qparams, fake_quantize
 from tuner.schemes import TensorScheme
@@ -173,8 +173,3 @@ def test_dynamic_schemes(scheme: TensorScheme) -> None:
 def test_wrong_axis() -> None:
     with pytest.raises(SchemeError, match="axis 4"):
         calibrate([torch.randn(3, 4)], TensorScheme(granularity=PerChannel(4)))
-
-
-def test_method_to_come() -> None:
-    with pytest.raises(UnsupportedError, match="aciq"):
-        calibrate([torch.randn(3)], TensorScheme(calibration="aciq"))
