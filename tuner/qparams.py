@@ -274,9 +274,10 @@ def _to(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tens
     On an accelerator it stays a tensor: division by a number is a multiplication by its
     reciprocal there, which is not the true division that the codes are defined by.
     """
-    if not isinstance(value, Tensor) or (value.numel() == 1 and not torch.compiler.is_compiling()):
-        if device.type == "cpu":
-            return float(value)
+    is_traced = isinstance(value, Tensor) and torch.compiler.is_compiling()
+    is_one = not isinstance(value, Tensor) or value.numel() == 1
+    if device.type == "cpu" and is_one and not is_traced:
+        return float(value)
     return torch.as_tensor(value, device=device).detach().to(dtype)
 
 

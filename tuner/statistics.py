@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.histogram import BINS, Histogram
-from tuner.kernels import check_floats, flat_view
+from tuner.histogram import BINS, Counts, Histogram
+from tuner.kernels import check_floats, flat_view, native_summary
+from tuner.kernels.summaries import RawSummary
 
 _CHUNK = 128 * 1024  # values that stay in the cache over all passes
 _SMALLEST_EXPONENT = -1000  # of the histogram: all zeros, and what scaling could not hold
@@ -55,8 +56,12 @@ def summarize(x: Tensor) -> TensorSummary:
     `x` is any floating-point tensor on any device. Raises DataError for other types.
     """
     check_floats(x, "calibration")
+    values = flat_view(x.detach())
+    native = native_summary(values)
+    if native is not None:
+        return _summary_of(*native)
     summary = TensorSummary()
-    for chunk in _chunks(flat_view(x)):
+    for chunk in _chunks(values):
         summary = summary.merged(_summarize_chunk(chunk))
     return summary
 
@@ -124,6 +129,20 @@ class TensorStatistics:
             low = decay * low + (1 - decay) * batch_low
             high = decay * high + (1 - decay) * batch_high
         return low, high
+
+
+def _summary_of(raw: RawSummary, counts: Counts) -> TensorSummary:
+    return TensorSummary(
+        minimum=raw.low,
+        maximum=raw.high,
+        count=raw.count,
+        zeros=raw.zeros,
+        nonfinite=raw.nonfinite,
+        total=raw.total,
+        total_abs=raw.total_abs,
+        total_squared=raw.total_squared,
+        histogram=Histogram(raw.exponent, counts) if raw.count else None,
+    )
 
 
 def _merged(one: Histogram | None, other: Histogram | None) -> Histogram | None:

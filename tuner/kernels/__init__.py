@@ -18,6 +18,7 @@ from tuner.kernels.layout import (
     to_rows,
 )
 from tuner.kernels.native import MxScale, snap_mx
+from tuner.kernels.summaries import native_summary
 
 __all__ = [
     "Codec",
@@ -33,6 +34,7 @@ __all__ = [
     "flat_view",
     "from_rows",
     "masked_gradient",
+    "native_summary",
     "parameter_shape",
     "snap",
     "snap_mx",

@@ -1,4 +1,4 @@
-"""Builds native.c with the machine's own C compiler, once, into the user's cache folder."""
+"""Builds the C sources with the machine's own compiler, once, into the user's cache folder."""
 
 import atexit
 import ctypes
@@ -14,7 +14,9 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("native.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = ("snap.c", "statistics.c")
+_HEADER = "native.h"
 # without -fno-… rintf is a call; contraction to fma would change results
 _FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 # tried in this order: a compiler may lack OpenMP, or know no -march=native
@@ -45,9 +47,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
-    source = _SOURCE.read_bytes()
-    identity = "\0".join((compiler, *flags, _processor()))
-    name = hashlib.sha256(source + identity.encode()).hexdigest()[:24] + ".so"
+    texts = (_FOLDER.joinpath(name).read_text("utf-8") for name in (_HEADER, *_SOURCES))
+    identity = "\0".join((*texts, compiler, *flags, _processor()))
+    name = hashlib.sha256(identity.encode()).hexdigest()[:24] + ".so"
     target = _folder() / name
     try:
         if not target.exists():
@@ -65,10 +67,12 @@ def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
     so both share its threads.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiled, linked = Path(folder, "native.o"), Path(folder, "native.so")
-        _run(compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled))
+        compiled = [Path(folder, f"{name}.o") for name in _SOURCES]
+        for name, target_object in zip(_SOURCES, compiled, strict=True):
+            _run(compiler, *flags, "-c", str(_FOLDER / name), "-o", str(target_object))
+        linked = Path(folder, "native.so")
         open_symbols = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
-        _run(compiler, "-shared", *open_symbols, str(compiled), "-o", str(linked), "-lm")
+        _run(compiler, "-shared", *open_symbols, *map(str, compiled), "-o", str(linked), "-lm")
         os.replace(linked, target)
 
 

@@ -1,4 +1,4 @@
-"""The functions of native.c on tensors: which tensors they take, and how they are called."""
+"""The functions of snap.c on tensors: which tensors they take, and how they are called."""
 
 import ctypes
 import math
@@ -17,7 +17,7 @@ from tuner.kernels.build import library
 from tuner.kernels.codecs import Bound, Codec, FloatCodec, IntegerCodec
 from tuner.kernels.layout import Shape, block_parameter, parameter_shape
 
-_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _TYPES = (Tensor, nn.Parameter)
 _INTEGER, _BY_SUM, _BY_BITS = range(3)
 _ROUNDINGS = ("floor", "ceil", "rceil", "even")
@@ -78,7 +78,7 @@ def takes(x: Tensor) -> bool:
         return False
     return (
         x.is_cpu
-        and x.dtype in _SUFFIX
+        and x.dtype in SUFFIX
         and not x.is_neg()
         and not torch._C._is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -178,12 +178,12 @@ def snap_mx(x: Tensor, mx: MxScale, codec: Codec) -> Tensor | None:
 
 @cache
 def _is_there(dtype: torch.dtype) -> bool:
-    return hasattr(library(), f"snap_tensor_{_SUFFIX[dtype]}")
+    return hasattr(library(), f"snap_tensor_{SUFFIX[dtype]}")
 
 
 @cache
 def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    function: Callable[..., None] = getattr(library(), f"{name}_{_SUFFIX[dtype]}")
+    function: Callable[..., None] = getattr(library(), f"{name}_{SUFFIX[dtype]}")
     function.argtypes, function.restype = _ARGUMENTS[name], None  # type: ignore[attr-defined]
     return function
 

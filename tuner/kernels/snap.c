@@ -3,9 +3,7 @@
  * Never compile with -ffast-math: the sums that round (see to_float_by_sum) must stay, NaN must
  * stay NaN, and x / s must be a true division.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 
 enum { INTEGER = 0, BY_SUM = 1, BY_BITS = 2 };
 enum { FLOOR = 0, CEIL = 1, RCEIL = 2, EVEN = 3 };
@@ -27,37 +25,7 @@ typedef struct {
     float all_low, all_high;         /* then these hold for all values */
 } params_t;
 
-static const int64_t PARALLEL = 1 << 15; /* values below which threads do not pay */
-static const int64_t STRIP = 64;         /* short runs that a thread takes at a time */
-
-#ifdef __GNUC__
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-#else
-#define ALWAYS_INLINE static inline
-#endif
-
-static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-
-typedef uint16_t bf16;
-static inline float from_bf16(bf16 h) { return float_of((uint32_t)h << 16); }
-static inline bf16 to_bf16(float x) {
-    uint32_t u = bits_of(x);
-    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    uint32_t top = (u & 0x80000000u) >> 16 | 0x7f7f; /* the largest finite number, signed */
-    if ((rounded & 0x7fff) >= 0x7f80) rounded = top;
-    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
-}
-static inline float same(float x) { return x; }
-#ifdef __FLT16_MAX__
-typedef _Float16 fp16;
-static inline float from_fp16(fp16 h) { return (float)h; }
-static inline fp16 to_fp16(float x) {
-    x = x > 65504.0f ? 65504.0f : x;
-    x = x < -65504.0f ? -65504.0f : x;
-    return (fp16)x;
-}
-#endif
+static const int64_t STRIP = 64; /* short runs that a thread takes at a time */
 
 /* The comparisons are written so that NaN fails them and stays. */
 static inline float to_integer(float v, float low, float high) {
@@ -220,9 +188,6 @@ void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,
         }                                                                                          \
     }                                                                                              \
 }
-
-#define PRAGMA(TEXT) _Pragma(#TEXT)
-#define PARALLEL_FOR(VALUES) PRAGMA(omp parallel for schedule(static) if ((VALUES) > PARALLEL))
 
 /* Cut one long run into pieces that threads share. */
 #define SPLIT(CALL)                                                                                \

@@ -1,0 +1,43 @@
+/* What the native kernels share: the bits of floats, half precision, threads. */
+#ifndef ACCUTUNE_NATIVE_H
+#define ACCUTUNE_NATIVE_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static const int64_t PARALLEL = 1 << 15; /* values below which threads do not pay */
+
+#ifdef __GNUC__
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE static inline
+#endif
+
+static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+typedef uint16_t bf16;
+static inline float from_bf16(bf16 h) { return float_of((uint32_t)h << 16); }
+static inline bf16 to_bf16(float x) {
+    uint32_t u = bits_of(x);
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    uint32_t top = (u & 0x80000000u) >> 16 | 0x7f7f; /* the largest finite number, signed */
+    if ((rounded & 0x7fff) >= 0x7f80) rounded = top;
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+static inline float same(float x) { return x; }
+#ifdef __FLT16_MAX__
+typedef _Float16 fp16;
+static inline float from_fp16(fp16 h) { return (float)h; }
+static inline fp16 to_fp16(float x) {
+    x = x > 65504.0f ? 65504.0f : x;
+    x = x < -65504.0f ? -65504.0f : x;
+    return (fp16)x;
+}
+#endif
+
+#define PRAGMA(TEXT) _Pragma(#TEXT)
+#define PARALLEL_FOR(VALUES) PRAGMA(omp parallel for schedule(static) if ((VALUES) > PARALLEL))
+
+#endif
