@@ -7,7 +7,7 @@ import numpy as np
 
 from strategies.space import Space
 from strategies.table import Ints
-from strategies.uniform import parse_label
+from strategies.uniform import Bits, parse_label
 
 _POSITIONS = 4
 
@@ -33,12 +33,20 @@ def effects_of(space: Space, width: int) -> tuple[Effect, ...]:
     keys: list[tuple[float, Callable[[int, int], Hashable]]] = [
         (0.5, lambda unit, option: unit),
         (0.5, lambda unit, option: (unit, option)),
-        (0.5, lambda unit, option: labels[unit][option].weight),
-        (0.8, lambda unit, option: labels[unit][option].inputs),
+        (0.5, lambda unit, option: _weight(labels[unit][option])),
+        (0.8, lambda unit, option: _inputs(labels[unit][option])),
         (0.4, lambda unit, option: kinds[unit]),
         (0.4, lambda unit, option: int(unit / zone)),
     ]
     return tuple(_effect(space, width, sigma, key) for sigma, key in keys)
+
+
+def _weight(bits: Bits) -> Hashable:
+    return bits.weight, bits.weight_format
+
+
+def _inputs(bits: Bits) -> Hashable:
+    return bits.inputs, bits.input_format
 
 
 def _effect(space: Space, width: int, sigma: float, key: Callable[[int, int], Hashable]) -> Effect:

@@ -5,15 +5,21 @@ from dataclasses import dataclass
 
 from strategies.space import Assignment, Option, Space, Unit
 
-_LABEL = re.compile(r"(?:W(\d+))?(?:A(\d+))?")
+_OPERAND = r"(?:{}(\d+)(?::([^\s/]+))?)?"
+_LABEL = re.compile(rf"{_OPERAND.format('W')} ?{_OPERAND.format('A')}(?: ?[OB]\d\S*)*(?: [a-z]+)?")
 
 
 @dataclass(frozen=True)
 class Bits:
-    """The widths that a label names; None for an operand that it does not mention."""
+    """The widths that a label names; None for an operand that it does not mention.
+
+    The formats are those that it names beside the widths; None stands for integers.
+    """
 
     weight: int | None
     inputs: int | None
+    weight_format: str | None = None
+    input_format: str | None = None
 
     @property
     def operands(self) -> int:
@@ -32,19 +38,27 @@ class UniformPlan:
 
 
 def parse_label(label: str) -> Bits:
-    """Read "W4A8", "W8" or "A8"; any other label names no widths."""
+    """Read "W4A8", "W8", "A8" or "W4:mxfp4 A8:mxfp8_e4m3"; any other label names no widths.
+
+    What follows for the output and the bias ("O8", "B32"), and a word at the end ("dynamic"), is
+    passed over.
+    """
     match = _LABEL.fullmatch(label)
-    weight, inputs = match.groups() if match else (None, None)
-    return Bits(int(weight) if weight else None, int(inputs) if inputs else None)
+    if match is None:
+        return Bits(None, None)
+    weight, weight_format, inputs, input_format = match.groups()
+    widths = int(weight) if weight else None, int(inputs) if inputs else None
+    return Bits(*widths, weight_format, input_format)
 
 
 def closest(unit: Unit, label: str) -> int:
     """Return the option of `unit` that is closest to `label`.
 
-    First the label itself; then the fewest bits that are nowhere below the label's; then float;
-    then whatever does the least damage. An operand that one of the two labels does not mention is
-    not compared, so that a weight-only unit takes "W4" and a matmul takes "A8" for "W4A8"; where
-    the label leaves an operand open, the option with the most bits there is taken.
+    First the label itself; then the fewest bits that are nowhere below the label's, in the label's
+    formats if possible; then float; then whatever does the least damage. An operand that one of
+    the two labels does not mention is not compared, so that a weight-only unit takes "W4" and a
+    matmul takes "A8" for "W4A8"; where the label leaves an operand open, the option with the most
+    bits there is taken.
     """
     indices = range(len(unit.options))
     same = [i for i in indices if unit.options[i].label == label]
@@ -112,10 +126,19 @@ def frontier(plans: tuple[UniformPlan, ...]) -> tuple[UniformPlan, ...]:
     return tuple(reversed(kept))
 
 
-def _distance(option: Option, wanted: Bits) -> tuple[int, int, float]:
-    """Order options that fit: few bits too many, then many where nothing is asked, then harm."""
+def _distance(option: Option, wanted: Bits) -> tuple[int, int, int, float]:
+    """Order options that fit: few bits too many, few other formats, many bits where nothing is
+    asked, then harm."""
     have = parse_label(option.label)
-    return _excess(have, wanted) or 0, -(have.weight or 0) - (have.inputs or 0), option.damage
+    open_bits = -(have.weight or 0) - (have.inputs or 0)
+    return _excess(have, wanted) or 0, _strangers(have, wanted), open_bits, option.damage
+
+
+def _strangers(have: Bits, want: Bits) -> int:
+    """Count the operands that both name, in different formats."""
+    weight = None not in (have.weight, want.weight) and have.weight_format != want.weight_format
+    inputs = None not in (have.inputs, want.inputs) and have.input_format != want.input_format
+    return weight + inputs
 
 
 def _cheapest(options: tuple[Option, ...]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from tuner import formats
 from tuner.errors import SaveError, TunerError
 from tuner.plan import Plan
 from tuner.schemes import OpConfig, TensorScheme
@@ -131,28 +132,32 @@ class OpSummary:
 
 
 def describe_config(config: OpConfig) -> str:
-    """Return a short label of an op's bits: W4A8, W8, A8, A8/A4 (inputs that differ), FP32.
+    """Return a short label of an op's formats: W4A8, W8, A8, A8/A4 (inputs that differ), FP32.
 
-    An output scheme adds O8, a bias scheme alone is B32; an input left in float counts as A32.
+    Integers are named by their width alone; others by width and name, with a space between the
+    operands: "W4:mxfp4 A8:mxfp8_e4m3". An output scheme adds O8 and a bias scheme B32; an input
+    left in float counts as A32.
     """
-    parts = [f"W{config.weight.bits}" if config.weight else "", _describe_inputs(config)]
-    if config.output:
-        parts.append(f"O{config.output.bits}")
-    if config.bias and not any(parts):
-        parts.append(f"B{config.bias.bits}")
-    return "".join(parts) or "FP32"
+    parts = [_spelled("W", config.weight), _describe_inputs(config)]
+    parts += [_spelled("O", config.output), _spelled("B", config.bias)]
+    separator = " " if any(":" in part for part in parts) else ""
+    return separator.join(part for part in parts if part) or "FP32"
 
 
 def _describe_inputs(config: OpConfig) -> str:
     schemes = config.inputs if isinstance(config.inputs, tuple) else (config.inputs,)
     if not any(schemes):
         return ""
-    bits = [_bits(scheme) for scheme in schemes]
-    return f"A{bits[0]}" if len(set(bits)) == 1 else "/".join(f"A{b}" for b in bits)
+    spelled = [_spelled("A", scheme) or f"A{_FLOAT_BITS}" for scheme in schemes]
+    return spelled[0] if len(set(spelled)) == 1 else "/".join(spelled)
 
 
-def _bits(scheme: TensorScheme | None) -> int:
-    return scheme.bits if scheme else _FLOAT_BITS
+def _spelled(operand: str, scheme: TensorScheme | None) -> str:
+    if scheme is None:
+        return ""
+    fmt = formats.get(scheme.format)
+    is_plain = fmt.kind == "int" and fmt.block is None
+    return f"{operand}{fmt.bits}" if is_plain else f"{operand}{fmt.bits}:{fmt.name}"
 
 
 def encode_float(value: float) -> float | str:

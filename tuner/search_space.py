@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from strategies.space import Assignment, Option, Space, Unit
+from tuner import formats
 from tuner.config import Rule, SearchSpace
 from tuner.costs import CostModel
 from tuner.errors import PlanError, SpaceError, UnknownNameError, UnsupportedError
@@ -135,16 +136,9 @@ def _rule_candidates(op: Op, rule: Rule) -> list[Candidate]:
 
 def _fitted(op: Op, config: OpConfig) -> OpConfig:
     """Return a rule's option as it applies to one op: a scheme for each operand that it has."""
-    if config.recovery or config.bias is not None:
+    if config.recovery:
         raise UnsupportedError(
-            f"{op.name}: OpConfig(recovery=…) and OpConfig(bias=…) are not supported by this "
-            "version: leave them out"
-        )
-    schemes = (config.weight, config.output, *(config.input_scheme(i) for i in op.activations))
-    if any(scheme is not None and scheme.backward_format for scheme in schemes):
-        raise UnsupportedError(
-            f"{op.name}: TensorScheme(backward_format=…) is for training, which this version does "
-            "not have yet: leave it out"
+            f"{op.name}: OpConfig(recovery=…) is not supported by this version: leave it out"
         )
     count = op.operand_count
     if isinstance(config.inputs, tuple) and len(config.inputs) > count:
@@ -185,9 +179,10 @@ def components_wanted(
 
 def calibration_variants(scheme: TensorScheme) -> list[TensorScheme]:
     """Return an input's scheme with each of the calibration methods worth a try."""
-    if not scheme.needs_range or scheme.calibration not in INPUT_CALIBRATIONS:
+    methods = INPUT_CALIBRATIONS[formats.get(scheme.format).kind]
+    if not scheme.needs_range or scheme.calibration not in methods:
         return [scheme]
-    others = [m for m in INPUT_CALIBRATIONS if m != scheme.calibration]
+    others = [m for m in methods if m != scheme.calibration]
     return [scheme, *(scheme.model_copy(update={"calibration": m}) for m in others)]
 
 

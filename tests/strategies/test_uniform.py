@@ -25,6 +25,7 @@ def _unit(name: str, *labels: str) -> Unit:
 
 
 CONV = _unit("conv", "W8A8", "W4A8", "W4A4", "FP32")
+FLOATS = _unit("linear", "W8A8", "W8:e4m3fn A8:e4m3fn", "W8:e4m3fn A8:e5m2", "W4:mxfp4", "FP32")
 EMBEDDING = _unit("embedding", "W8", "W4", "FP32")
 MATMUL = _unit("matmul", "A8", "A6", "A4", "FP32")
 
@@ -38,6 +39,12 @@ MATMUL = _unit("matmul", "A8", "A6", "A4", "FP32")
         ("A6", Bits(None, 6)),
         ("FP32", Bits(None, None)),
         ("mxfp4", Bits(None, None)),
+        ("W4:mxfp4 A8:mxfp8_e4m3", Bits(4, 8, "mxfp4", "mxfp8_e4m3")),
+        ("W8 A8:e5m2", Bits(8, 8, None, "e5m2")),
+        ("A8:e5m2", Bits(None, 8, None, "e5m2")),
+        ("W8:e4m3fn A8 O16:fp16", Bits(8, 8, "e4m3fn", None)),
+        ("W4A8O8B32", Bits(4, 8)),
+        ("W8A8 dynamic", Bits(8, 8)),
         ("W4A8-percentile", Bits(None, None)),
     ],
 )
@@ -56,6 +63,12 @@ def test_parse_label(label: str, bits: Bits) -> None:
         (CONV, "W4", "W4A8"),
         (CONV, "FP32", "FP32"),
         (CONV, "mxfp4", "FP32"),
+        (FLOATS, "W8:e4m3fn A8:e3m4", "W8:e4m3fn A8:e4m3fn"),  # one other format, not two
+        (FLOATS, "A8:e5m2", "W8:e4m3fn A8:e5m2"),
+        (FLOATS, "W4:mxfp4 A4:mxfp4", "W4:mxfp4"),
+        (FLOATS, "W6:e2m3 A8:e4m3fn", "W8:e4m3fn A8:e4m3fn"),
+        (EMBEDDING, "W4:mxfp4 A4:mxfp4", "W4"),
+        (CONV, "W4:mxfp4 A4:mxfp4", "W4A4"),
         (EMBEDDING, "W4A8", "W4"),
         (EMBEDDING, "W6A6", "W8"),
         (EMBEDDING, "A8", "FP32"),

@@ -58,6 +58,11 @@ def _result(*trials: TrialRecord, best: TrialRecord | None = None, **changes: An
     return TuningResult(**arguments | changes)
 
 
+def _formats(weight: str, inputs: str | None, **others: str) -> OpConfig:
+    schemes = {"weight": weight, "inputs": inputs, **others}
+    return OpConfig(**{k: TensorScheme(format=f) for k, f in schemes.items() if f is not None})
+
+
 @pytest.mark.parametrize(
     ("config", "label"),
     [
@@ -71,6 +76,12 @@ def _result(*trials: TrialRecord, best: TrialRecord | None = None, **changes: An
         (OpConfig(inputs=(TensorScheme(format="int8"), None)), "A8/A32"),
         (OpConfig(weight=TensorScheme(format="int2"), output=TensorScheme()), "W2O8"),
         (OpConfig(bias=TensorScheme(format="int16")), "B16"),
+        (_formats("int8", "uint8", bias="int32"), "W8A8B32"),
+        (_formats("mxfp4", "mxfp8_e4m3"), "W4:mxfp4 A8:mxfp8_e4m3"),
+        (_formats("int8", "e5m2"), "W8 A8:e5m2"),
+        (_formats("abfp4", None), "W4:abfp4"),
+        (_formats("int4", "int8", output="fp16"), "W4 A8 O16:fp16"),
+        (OpConfig(inputs=(TensorScheme(format="e4m3fn"), TensorScheme())), "A8:e4m3fn/A8"),
     ],
 )
 def test_describe_config(config: OpConfig, label: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from strategies.uniform import UniformPlan, uniform_plans
 from tests.tuner.nets import (
     Attention,
     ConvNet,
@@ -166,10 +167,93 @@ def test_an_option_that_would_change_nothing_is_refused() -> None:
         prepared(seeded(Functional), SearchSpace(rules=[rule]))
 
 
-@pytest.mark.parametrize("preset", ["fp8", "mx", "everything"])
-def test_presets_of_later_versions_are_refused(preset: str) -> None:
-    with pytest.raises(UnsupportedError, match="int8"):
-        prepared(seeded(ConvNet), preset)
+FP8 = ["W8:e4m3fn A8:e4m3fn", "W8:e4m3fn A8:e5m2", "W8A8"]
+MX = [
+    "W8:mxfp8_e4m3 A8:mxfp8_e4m3",
+    "W6:mxfp6_e2m3 A6:mxfp6_e2m3",
+    "W4:mxfp4 A8:mxfp8_e4m3",
+    "W4:mxfp4 A4:mxfp4",
+    "W4:nvfp4 A4:nvfp4",
+]
+
+
+def test_fp8() -> None:
+    ready = prepared(seeded(Attention), "fp8")
+    found = labels(ready)
+    assert found["attention/q_proj"] == [*FP8, "FP32"]
+    assert found["attention/matmul:0"] == ["A8:e4m3fn", "A8:e5m2", "A8", "FP32"]
+    config = ready.space.units[0].choices[1].configs["attention/q_proj"]
+    assert config.weight == TensorScheme(format="e4m3fn", granularity=PerChannel(0))
+    scheme = config.input_scheme(0)
+    assert scheme is not None
+    assert (scheme.format, scheme.granularity, scheme.dynamic) == ("e5m2", PerTensor(), False)
+    assert labels(prepared(seeded(Recurrent), "fp8"))["embed"] == ["W8:e4m3fn", "W8", "FP32"]
+
+
+def test_mx_where_blocks_lie_along_the_axis_that_is_summed() -> None:
+    fp8 = ["W8:e4m3fn A8:e4m3fn", "W8A8", "FP32"]
+    products = ["A8:e4m3fn", "A8", "FP32"]
+    assert labels(prepared(seeded(ConvNet), "mx")) == {
+        "conv": fp8,
+        "depthwise": fp8,
+        "head": [*MX, "FP32"],
+    }
+    found = labels(prepared(seeded(Functional), "mx"))
+    assert found["/linear:0"] == [*MX, "FP32"]
+    assert found["/matmul:0"] == [*MX, "FP32"]  # y @ kᵀ: k is stored [out, in]
+    assert found["/bmm:0"] == products
+    assert found["/scaled_dot_product_attention:0"] == products
+    recurrent = labels(prepared(seeded(Recurrent), "mx"))
+    assert recurrent["lstm"] == [*MX, "FP32"]
+    assert recurrent["embed"] == [
+        *("W8:mxfp8_e4m3", "W6:mxfp6_e2m3", "W4:mxfp4", "W4:nvfp4", "FP32")
+    ]
+    assert labels(prepared(seeded(Tied), "mx")) == {"embed": [*MX, "FP32"], "body": [*MX, "FP32"]}
+
+
+class _ByColumns(nn.Module):
+    """Sums over the first axis of its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.w
+
+
+def test_mx_leaves_out_parameters_that_are_stored_the_other_way() -> None:
+    preparation = Preparation(_ByColumns(), [torch.randn(4, 16)], None, TuningConfig(space="mx"))
+    preparation.record()
+    unit = preparation.finish(Progress(False)).space.units[0]
+    assert [c.label for c in unit.choices] == ["W8:e4m3fn A8:e4m3fn", "W8A8", "FP32"]
+
+
+def test_everything_has_all_presets_under_names_of_their_own() -> None:
+    ready = prepared(seeded(Recurrent), "everything")
+    found = labels(ready)
+    more = ["W8A8 dynamic", "W4 grouped", "W8 grouped"]
+    assert found["head"] == [*MIXED[:-1], *FP8[:2], *MX, *more, "FP32"]
+    assert len(found["embed"]) == len(set(found["embed"]))
+    for unit in ready.space.units:
+        configs = [tuple(choice.configs.values()) for choice in unit.choices]
+        assert len(configs) == len(set(configs))
+
+
+def test_uniform_plans_of_formats_keep_apart() -> None:
+    """Every unit takes what it has closest: convolutions have 8 bits only."""
+    ready = prepared(seeded(ConvNet), "mx")
+    plans = {plan.label: ready.space.plan(plan.assignment) for plan in _uniform(ready)}
+    assert set(plans) == {*MX[1:], "W8:e4m3fn A8:e4m3fn", "W8A8"}  # the first: MX[0] where it is
+    assert plans["W8:e4m3fn A8:e4m3fn"]["head"].weight == TensorScheme(format="mxfp8_e4m3")
+    chosen = plans["W4:mxfp4 A8:mxfp8_e4m3"]["head"]
+    assert chosen.weight is not None
+    assert chosen.weight.format == "mxfp4"
+    assert not any(config.is_float for plan in plans.values() for config in plan.values())
+
+
+def _uniform(ready: Prepared) -> tuple[UniformPlan, ...]:
+    return uniform_plans(ready.space.space)
 
 
 def test_recovery_is_refused() -> None:
