@@ -1,7 +1,7 @@
 """Number formats as plain data, looked up by name."""
 
-import math
 import re
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -66,6 +66,18 @@ class Format:
         if self.kind == "int":
             return float(self.int_range[1])
         return max(map(abs, self.codebook)) if self.codebook else self.magnitude
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest value, in units of the scale."""
+        if self.kind == "int":
+            low, high = self.int_range
+            return float(low), float(high)
+        return (
+            (self.codebook[0], self.codebook[-1])
+            if self.codebook
+            else (-self.largest, self.largest)
+        )
 
     @property
     def has_codes(self) -> bool:
@@ -159,20 +171,18 @@ def _custom(
 ) -> Format:
     if (codebook is None) == (forward is None):
         raise TunerError(f"format {name!r}: give either a codebook or a forward function")
-    if (block_size or 1) < 1 or not 0 < (largest or 1.0) <= FP32_LARGEST or (bits or 1) < 1:
-        raise TunerError(f"format {name!r}: block_size, largest and bits must be above 0")
+    _check_numbers(name, largest, {"bits": bits, "block_size": block_size})
     block = None if block_size is None else Block(block_size, "fp32")
     if codebook is not None:
-        entries = tuple(sorted({float(value) for value in codebook}))
-        if len(entries) < 2 or not all(map(math.isfinite, entries)) or len(entries) > 2**16:
-            raise TunerError(
-                f"format {name!r}: a codebook holds 2 to 65536 different finite numbers, "
-                f"got {len(entries)}"
-            )
+        if largest is not None or backward is not None:
+            raise TunerError(f"format {name!r}: largest and backward are only for a forward")
+        entries = _entries(name, codebook)
         needed = max(2, (len(entries) - 1).bit_length())
         if bits is not None and bits < needed:
             raise TunerError(f"format {name!r}: {len(entries)} entries need {needed} bits")
         return Format(name, "codebook", bits or needed, codebook=entries, block=block)
+    if not (callable(forward) and (backward is None or callable(backward))):
+        raise TunerError(f"format {name!r}: forward and backward must be callable")
     scaled = largest is not None or block is not None
     return Format(
         name,
@@ -184,6 +194,28 @@ def _custom(
         scaled=scaled,
         magnitude=largest or 1.0,
     )
+
+
+def _check_numbers(name: str, largest: float | None, counts: dict[str, int | None]) -> None:
+    if largest is not None and not 0 < largest <= FP32_LARGEST:
+        raise TunerError(f"format {name!r}: largest must be finite and above 0, got {largest!r}")
+    for field, count in counts.items():
+        if count is not None and count < 1:
+            raise TunerError(f"format {name!r}: {field} must be above 0, got {count!r}")
+
+
+def _entries(name: str, codebook: Sequence[float]) -> tuple[float, ...]:
+    """Return the entries in growing order, as fp32 has them: the kernels compute in fp32."""
+    if not all(abs(value) <= FP32_LARGEST for value in codebook):
+        raise TunerError(f"format {name!r}: the entries of a codebook must be finite in fp32")
+    rounded = (struct.unpack("f", struct.pack("f", value))[0] for value in codebook)
+    entries = tuple(sorted({value + 0.0 for value in rounded}))  # −0 + 0 = 0
+    if not 2 <= len(entries) <= 2**16:
+        raise TunerError(
+            f"format {name!r}: a codebook holds 2 to 65536 different numbers in fp32, "
+            f"got {len(entries)}"
+        )
+    return entries
 
 
 def _parsed(name: str) -> Format | None:

@@ -136,7 +136,7 @@ def grid_of(scheme: TensorScheme, qparams: QParams, like: Tensor) -> Grid:
     fmt = formats.get(scheme.format)
     dtype = compute_dtype(like.dtype)
     scale = _to(whole_scale(qparams), like.device, dtype)
-    ends = step_bounds(scheme, qparams) if fmt.kind == "int" else _ends(fmt)
+    ends = step_bounds(scheme, qparams)
     low, high = (_to(bound, like.device, dtype) for bound in ends)
     inverse = None
     if qparams.global_scale is not None:  # as hardware has it: x · ((1 / global) / scale)
@@ -243,12 +243,6 @@ def _gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
     if isinstance(grid.codec, FunctionCodec):
         return gradient
     return masked_gradient(x, gradient, grid)
-
-
-def _ends(fmt: formats.Format) -> tuple[float, float]:
-    if fmt.codebook:
-        return fmt.codebook[0], fmt.codebook[-1]
-    return -fmt.largest, fmt.largest
 
 
 def _at_least_1d(x: Tensor) -> Tensor:

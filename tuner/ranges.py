@@ -83,7 +83,13 @@ def _affine(low: Tensor, high: Tensor, dtype: torch.dtype, scheme: TensorScheme)
 def step_bounds(
     scheme: TensorScheme, qparams: QParams
 ) -> tuple[float, float] | tuple[Tensor, Tensor]:
-    """Return `qmin − zero_point` and `qmax − zero_point`: how far `rne(x / scale)` may go."""
+    """Return how far `x / scale` may go: `qmin − zero_point` to `qmax − zero_point` for integers.
+
+    For other formats it is from their smallest value to their largest.
+    """
+    fmt = formats.get(scheme.format)
+    if fmt.kind != "int":
+        return fmt.ends
     low, high = scheme.quant_range
     zero_point = qparams.zero_point
     if isinstance(zero_point, Tensor):

@@ -1,11 +1,15 @@
 """The squared error of a scheme's own grid over a histogram's density."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from tuner import formats
 from tuner.calibrators.density import Density, Floats
 from tuner.calibrators.search import Error
+from tuner.kernels import codec_of
 from tuner.ranges import QParams, qparams_from_range, step_bounds
 from tuner.schemes import TensorScheme
 
@@ -18,9 +22,10 @@ def grid_error(density: Density, scheme: TensorScheme) -> Error:
     The grid is the one that `qparams_from_range` gives: the real levels of the scheme. The errors
     are in squares of a bin width, for comparison only.
     """
-    codes = scheme.quant_range
-    few = codes[1] - codes[0] < _MOST_LEVELS
-    measure = _error_of_levels if few else _error_of_bins
+    levels = levels_of(scheme)
+    if levels is None and formats.get(scheme.format).kind != "int":
+        return _no_error
+    measure = _error_of_bins if levels is None else partial(_error_of_levels, levels=levels)
 
     def error(low: Tensor, high: Tensor) -> Tensor:
         qparams = qparams_from_range(low, high, scheme)
@@ -29,11 +34,31 @@ def grid_error(density: Density, scheme: TensorScheme) -> Error:
     return error
 
 
-def _error_of_levels(density: Density, scheme: TensorScheme, qparams: QParams) -> Floats:
-    low, high = scheme.quant_range
+def levels_of(scheme: TensorScheme) -> Floats | None:
+    """Return the values that a scheme can hold in units of the scale, None if there are many."""
+    fmt = formats.get(scheme.format)
+    if fmt.kind == "int":
+        low, high = scheme.quant_range
+        return np.arange(low, high + 1.0) if high - low < _MOST_LEVELS else None
+    if fmt.codebook:
+        return np.unique(np.array(fmt.codebook))
+    if 2**fmt.bits > _MOST_LEVELS:
+        return None
+    numbers = codec_of(fmt).decode(torch.arange(2**fmt.bits)).numpy()
+    return np.unique(numbers[np.isfinite(numbers)])
+
+
+def _no_error(low: Tensor, high: Tensor) -> Tensor:
+    """Stand for floats of many bits: their error hardly depends on the scale, so none is cut."""
+    return torch.zeros_like(low)
+
+
+def _error_of_levels(
+    density: Density, scheme: TensorScheme, qparams: QParams, levels: Floats
+) -> Floats:
     scale, zero_point = torch.as_tensor(qparams.scale), qparams.zero_point
     zero = torch.as_tensor(0 if zero_point is None else zero_point).expand_as(scale)
-    return density.squared_error(scale.numpy(), zero.numpy(), np.arange(low, high + 1.0))
+    return density.squared_error(scale.numpy(), zero.numpy(), levels)
 
 
 def _error_of_bins(density: Density, scheme: TensorScheme, qparams: QParams) -> Floats:

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from tuner import formats
 from tuner.calibrators import minmax
 from tuner.calibrators.base import Range, RowRanges, finite_rows
 from tuner.calibrators.density import density_of
 from tuner.calibrators.grid_error import grid_error
 from tuner.calibrators.search import Error, Sweep, best_ends, best_magnitude, best_pair
-from tuner.kernels import clamp_steps
+from tuner.kernels import codec_of
 from tuner.ranges import qparams_from_range, step_bounds
 from tuner.schemes import TensorScheme
 from tuner.statistics import TensorStatistics
@@ -56,6 +57,7 @@ def row_ranges(rows: Tensor, scheme: TensorScheme) -> RowRanges:
 def _row_error(rows: Tensor, scheme: TensorScheme) -> Error:
     """Sum the squared error of each row's values."""
     length = max(1, _CHUNK // rows.shape[1])
+    codec = codec_of(formats.get(scheme.format))
 
     def error(low: Tensor, high: Tensor) -> Tensor:
         qparams = qparams_from_range(low, high, scheme)
@@ -68,9 +70,9 @@ def _row_error(rows: Tensor, scheme: TensorScheme) -> Error:
             step, rounded = torch.empty_like(values), torch.empty_like(values)
             for k in range(scale.shape[0]):
                 torch.div(values, scale[k, block, None], out=step)
-                torch.round(step, out=rounded)
-                clamp_steps(rounded, *(_of_block(bound, k, block) for bound in bounds))
-                total[k, block] = rounded.sub_(step).square_().sum(-1)
+                ends = (_of_block(bound, k, block) for bound in bounds)
+                nearest = codec.round_(rounded.copy_(step), *ends)
+                total[k, block] = nearest.sub_(step).square_().sum(-1)
         return total.double() * scale.double() ** 2  # in fp32 the square may underflow
 
     return error

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -95,6 +96,10 @@ class FloatCodec:
         """Without a mantissa the exponent field decides ties: whether its parity is not fp32's."""
         return (_FP32_BIAS - self.layout.bias) % 2 if self._mantissa == 0 else 0
 
+    @cached_property
+    def _is_bfloat16(self) -> bool:
+        return self.layout == FloatLayout(8, 7, 127)
+
     @property
     def _mantissa(self) -> int:
         return self.layout.mantissa_bits
@@ -103,6 +108,9 @@ class FloatCodec:
         """Round in place to numbers of the layout; the bounds are the layout's own."""
         if self._mantissa >= _FP32_MANTISSA:
             return steps.clamp_(-self.layout.largest, self.layout.largest)
+        if not torch.compiler.is_compiling() and self._is_bfloat16:  # it would drop the cast
+            largest = self.layout.largest
+            return steps.copy_(steps.clamp_(-largest, largest).to(torch.bfloat16))
         magnitude = steps.abs().clamp_(max=self.limit)
         if steps.dtype == torch.float64:
             rounded = self._rounded_double(magnitude)
@@ -211,13 +219,14 @@ class CodebookCodec:
     def decode(self, codes: Tensor) -> Tensor:
         """Return the entries."""
         table = torch.tensor(self.entries, dtype=torch.float64, device=codes.device)
-        # as they are in fp32, which they are rounded in
-        return table.float().double()[codes.long()]
+        return table[codes.long()]
 
     def _index(self, x: Tensor) -> Tensor:
         entries = torch.tensor(self.entries, dtype=torch.float64, device=x.device)
-        between = ((entries[1:] + entries[:-1]) / 2).to(x.dtype)
-        return torch.bucketize(x, between)
+        between = (entries[1:] + entries[:-1]) / 2  # exact: entries are fp32 numbers
+        ends = between.to(x.dtype)
+        below = ends.nextafter(torch.full_like(ends, -math.inf))
+        return torch.bucketize(x, torch.where(ends > between, below, ends))
 
     def _table(self, like: Tensor) -> Tensor:
         return torch.tensor(self.entries, dtype=like.dtype, device=like.device)

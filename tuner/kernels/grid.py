@@ -9,11 +9,12 @@ from torch import Tensor
 
 from tuner.errors import DataError
 from tuner.granularity import Granularity
+from tuner.kernels.buffers import POOL
 from tuner.kernels.codecs import Bound, Codec
 from tuner.kernels.layout import block_parameter, block_view
 from tuner.kernels.native import NativeGrid, takes
 
-_CHUNK = 128 * 1024  # values a thread keeps in its cache
+_CHUNK = 64 * 1024  # values a thread keeps in its cache
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
 
@@ -72,7 +73,7 @@ def _snap_in_torch(x: Tensor, grid: Grid) -> Tensor:
     if x.dtype not in _HALVES and _is_small(x):
         steps, low, high = _steps(x, grid)
         return grid.codec.round_(steps, low, high).mul(_fit(grid.scale, x, grid)).reshape(x.shape)
-    out = torch.empty_like(x)
+    out = POOL.empty_like(x) if x.is_cpu and not torch.compiler.is_compiling() else torch.empty_like(x)
     if out.stride() != x.stride():  # x has gaps or overlaps: go on from a dense copy
         x = out.copy_(x)
     for source, target, scale, low, high, inverse in _chunks(x, out, grid):
