@@ -24,7 +24,7 @@ def grid_error(density: Density, scheme: TensorScheme) -> Error:
     """
     levels = levels_of(scheme)
     if levels is None and formats.get(scheme.format).kind != "int":
-        return _no_error
+        return _prefer_wide
     measure = _error_of_bins if levels is None else partial(_error_of_levels, levels=levels)
 
     def error(low: Tensor, high: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ def levels_of(scheme: TensorScheme) -> Floats | None:
     return np.unique(numbers[np.isfinite(numbers)])
 
 
-def _no_error(low: Tensor, high: Tensor) -> Tensor:
+def _prefer_wide(low: Tensor, high: Tensor) -> Tensor:
     """Stand for floats of many bits: their error hardly depends on the scale, so none is cut."""
-    return torch.zeros_like(low)
+    return low - high
 
 
 def _error_of_levels(

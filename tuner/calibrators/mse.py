@@ -18,6 +18,7 @@ _CHUNK = 128 * 1024  # values that stay in the cache over all candidates
 
 _HISTOGRAM_SWEEP = Sweep(coarse=48, smallest=0.005, fine=33)
 _ROW_SWEEP = Sweep(coarse=20, smallest=0.06, fine=15)
+_UNEVEN_ROW_SWEEP = Sweep(coarse=20, smallest=0.06, fine=41)  # floats: outliers want more
 
 
 def range_of(statistics: TensorStatistics, scheme: TensorScheme) -> Range:
@@ -48,7 +49,9 @@ def row_ranges(rows: Tensor, scheme: TensorScheme) -> RowRanges:
         rows = finite_rows(rows)
     error = _row_error(rows, scheme)
     if scheme.symmetric:
-        return best_magnitude(error, torch.maximum(-low, high), _ROW_SWEEP)
+        even = formats.get(scheme.format).kind == "int"
+        sweep = _ROW_SWEEP if even else _UNEVEN_ROW_SWEEP
+        return best_magnitude(error, torch.maximum(-low, high), sweep)
     codes = scheme.quant_range
     low, high = low.clamp(max=0), high.clamp(min=0)
     return best_ends(error, low, high, codes[1] - codes[0], _ROW_SWEEP)
