@@ -1,18 +1,16 @@
 """The HTML page of one tuning result: one file, no script, nothing fetched."""
 
 import math
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from tuner.errors import SaveError
 from tuner.records import OpSummary
 from tuner.report import text
+from tuner.report.files import write_whole
 from tuner.report.scatter import scatter
 from tuner.report.source import ReportSource
 
@@ -43,16 +41,7 @@ class OpRow:
 
 def write(source: ReportSource, path: str | Path) -> Path:
     """Write the report to `path`, whole or not at all; raises SaveError where it cannot."""
-    target = Path(path)
-    content = render(source)
-    try:
-        _write_atomically(target, content)
-    except OSError as error:
-        raise SaveError(
-            f"the report cannot be written to {target}: {error.strerror or error}. "
-            "Give a file name in a folder that exists and is writable"
-        ) from error
-    return target
+    return write_whole("the report", path, render(source))
 
 
 def render(source: ReportSource) -> str:
@@ -141,21 +130,3 @@ def _uncovered_share(source: ReportSource) -> float:
     left_out = math.fsum(source.uncovered.values())
     total = left_out + math.fsum(op.macs for op in source.op_table)
     return left_out / total if total else 0.0
-
-
-def _write_atomically(target: Path, content: str) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", text=True)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tuner.criteria import AccuracyGoal
 from tuner.records import TrialRecord
+from tuner.report.axes import Axis, Tick, linear_ticks
 from tuner.report.source import ReportSource
 from tuner.report.text import number, percent
 
@@ -12,14 +13,6 @@ WIDTH, HEIGHT = 720.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 76.0, 28.0, 20.0, 56.0
 _BELOW_GOAL = 2.5
 _MARGIN = 0.08
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A labelled position on an axis."""
-
-    position: float
-    label: str
 
 
 @dataclass(frozen=True)
@@ -51,28 +44,6 @@ class Scatter:
     bottom: float = HEIGHT - BOTTOM
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values in low…high (logarithms where `log`) to positions from start to end."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        share = (self._scaled(value) - self.low) / (self.high - self.low)
-        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
-
-    def holds(self, value: float) -> bool:
-        slack = 1e-9 * (self.high - self.low)
-        return self.low - slack <= self._scaled(value) <= self.high + slack
-
-    def _scaled(self, value: float) -> float:
-        return math.log10(value) if self.log else value
-
-
 def scatter(source: ReportSource) -> Scatter | None:
     """Return the plot of all evaluated plans, or None where nothing was evaluated."""
     records = _plottable(source)
@@ -94,7 +65,7 @@ def scatter(source: ReportSource) -> Scatter | None:
     )
     return Scatter(
         x_ticks=_log_ticks(x_axis),
-        y_ticks=_linear_ticks(y_axis),
+        y_ticks=linear_ticks(y_axis),
         points=tuple(sorted(points, key=lambda p: _DRAWN.index(p.kind))),
         front=_front(source, x_axis, y_axis),
         goal_y=y_axis.at(threshold) if y_axis.holds(threshold) else None,
@@ -115,15 +86,15 @@ def _plottable(source: ReportSource) -> list[tuple[TrialRecord, float, float]]:
     return found
 
 
-def _cost_axis(ratios: list[float]) -> _Axis:
+def _cost_axis(ratios: list[float]) -> Axis:
     low, high = math.log10(min(ratios)), math.log10(max(ratios))
     margin = max(_MARGIN * (high - low), 0.05)
-    return _Axis(low - margin, high + margin, LEFT, WIDTH - RIGHT, log=True)
+    return Axis(low - margin, high + margin, LEFT, WIDTH - RIGHT, log=True)
 
 
 def _accuracy_axis(
     goal: AccuracyGoal, baseline: float, records: list[tuple[TrialRecord, float, float]]
-) -> _Axis:
+) -> Axis:
     """Return an axis around baseline and goal; plans that collapsed must not flatten the rest."""
     threshold = goal.threshold(baseline)
     accuracies = [accuracy for _, _, accuracy in records]
@@ -136,7 +107,7 @@ def _accuracy_axis(
     else:
         high = min(max([*accuracies, high]), high + _BELOW_GOAL * span)
     margin = _MARGIN * max(high - low, span)
-    return _Axis(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
+    return Axis(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
 
 
 def _kind(source: ReportSource, record: TrialRecord) -> str:
@@ -153,7 +124,7 @@ def _title(source: ReportSource, record: TrialRecord, ratio: float, accuracy: fl
     return f"{text} · {record.reason}" if record.reason else text
 
 
-def _front(source: ReportSource, x_axis: _Axis, y_axis: _Axis) -> str:
+def _front(source: ReportSource, x_axis: Axis, y_axis: Axis) -> str:
     """Return the front as an SVG path: each accuracy holds until a dearer plan beats it."""
     path = ""
     for record in source.pareto():
@@ -165,7 +136,7 @@ def _front(source: ReportSource, x_axis: _Axis, y_axis: _Axis) -> str:
     return path
 
 
-def _log_ticks(axis: _Axis) -> tuple[Tick, ...]:
+def _log_ticks(axis: Axis) -> tuple[Tick, ...]:
     """Return ticks at 1, 2 and 5 times the powers of ten that the axis holds."""
     decades = range(math.floor(axis.low), math.ceil(axis.high) + 1)
     values = [digit * 10.0**power for power in decades for digit in (1, 2, 5)]
@@ -173,13 +144,3 @@ def _log_ticks(axis: _Axis) -> tuple[Tick, ...]:
     if len(held) < 2:
         held = [10.0 ** (axis.low + share * (axis.high - axis.low)) for share in (0.1, 0.5, 0.9)]
     return tuple(Tick(axis.at(value), percent(value)) for value in held)
-
-
-def _linear_ticks(axis: _Axis) -> tuple[Tick, ...]:
-    """Return about five ticks at multiples of 1, 2 or 5 times a power of ten."""
-    rough = (axis.high - axis.low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
-    first, last = math.ceil(axis.low / step), math.floor(axis.high / step)
-    digits = max(0, -math.floor(math.log10(step)))
-    return tuple(Tick(axis.at(i * step), f"{i * step:.{digits}f}") for i in range(first, last + 1))

@@ -1,0 +1,46 @@
+"""Axes of plots: where values sit, and where the ticks are."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A labelled position on an axis."""
+
+    position: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values in low…high (logarithms where `log`) to positions from start to end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Return the position of a value, that of the nearer end where it lies beyond."""
+        share = (self._scaled(value) - self.low) / (self.high - self.low)
+        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+    def holds(self, value: float) -> bool:
+        """Return whether a value lies on the axis."""
+        slack = 1e-9 * (self.high - self.low)
+        return self.low - slack <= self._scaled(value) <= self.high + slack
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+
+def linear_ticks(axis: Axis) -> tuple[Tick, ...]:
+    """Return about five ticks at multiples of 1, 2 or 5 times a power of ten."""
+    rough = (axis.high - axis.low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    first, last = math.ceil(axis.low / step), math.floor(axis.high / step)
+    digits = max(0, -math.floor(math.log10(step)))
+    return tuple(Tick(axis.at(i * step), f"{i * step:.{digits}f}") for i in range(first, last + 1))
