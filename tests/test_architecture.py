@@ -37,7 +37,7 @@ ORDER = (
     ("presets", "sensitivity", "costs", "recovery", "search_space"),
     ("report", "exporters", "results", "progress", "storage"),
     ("op_table", "saving", "quantized_model", "preparation", "simulate"),
-    ("session",),
+    ("session", "sweep_entries", "sweep"),
     ("quantization", "recipes"),
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""The face of the library: fit(), load() and simulate()."""
+"""The face of the library: fit(), load(), simulate() and sweep()."""
 
 import hashlib
 import time
@@ -33,8 +33,9 @@ from tuner.session import (
 )
 from tuner.simulate import simulate
 from tuner.storage import StudyHeader, StudyStore
+from tuner.sweep import sweep
 
-__all__ = ["fit", "load", "simulate"]
+__all__ = ["fit", "load", "simulate", "sweep"]
 
 
 def fit(

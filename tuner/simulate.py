@@ -8,7 +8,7 @@ from torch import nn
 
 from tuner import formats
 from tuner.config import Rule, SearchSpace
-from tuner.data_pass import DataPass
+from tuner.data_pass import DataPass, Wanted
 from tuner.errors import DataError, SpaceError, TunerError, UnsupportedError
 from tuner.isolation import copied, isolated_random_state
 from tuner.model import OUTPUT, InstrumentedModel
@@ -80,7 +80,7 @@ def simulate(
             _refuse_without_data(forward, calib_samples)
             instrumented.install(instrumented.module_ops(), _NoRanges())
         else:
-            calibrate_for(instrumented, calib_dataloader, wish.plan, forward, calib_samples)
+            calibrate_for(instrumented, calib_dataloader, wish.operands, forward, calib_samples)
         plan = wish.plan(instrumented.ops)
         if not plan.quantized:
             raise SpaceError(_why_nothing(wish, instrumented.ops, calib_dataloader is None))
@@ -102,6 +102,10 @@ class Wish:
         for rule in self.rules:
             chosen.update(_by_rule(ops, rule))
         return Plan(chosen)
+
+    def operands(self, ops: Mapping[str, Op]) -> Operands:
+        """Return the operands of each op that need a range."""
+        return {name: static_operands(config) for name, config in self.plan(ops).items()}
 
     def _default(self, op: Op) -> OpConfig:
         """Return the configuration of an op that no rule names: of embeddings, the weight only."""
@@ -134,18 +138,11 @@ def fitted(op: Op, config: OpConfig) -> OpConfig:
 def calibrate_for(
     model: InstrumentedModel,
     loader: Iterable[Any],
-    plan_of: Callable[[Mapping[str, Op]], Mapping[str, OpConfig]],
+    wanted: Wanted,
     forward: Callable[[Any, Any], Any] | None = None,
     calib_samples: int | None = None,
 ) -> None:
-    """Read the data once, and install the ops that it reached with the ranges that plans need.
-
-    `plan_of` returns, for ops, every configuration that they will need ranges for.
-    """
-
-    def wanted(ops: Mapping[str, Op]) -> Operands:
-        return {name: static_operands(config) for name, config in plan_of(ops).items()}
-
+    """Read the data once; install the ops that it reached, and the ranges that are wanted."""
     data = DataPass(model, loader, forward, calib_samples)
     data.record()
     ranges = data.calibrate(wanted)
