@@ -13,6 +13,7 @@ from tuner.schemes import TensorScheme
 
 _TINY = torch.finfo(torch.float32).tiny
 _MXINT8_UNIT = 2.0**-6
+_E8M0_SMALLEST = 0x400000  # the bits of 2^-127
 
 
 _MX_SCALES: dict[tuple[str, str], MxScale] = {}
@@ -61,7 +62,7 @@ def block_qparams(x: Tensor, scheme: TensorScheme) -> QParams:
     if fmt.block.scale == "e4m3":
         return _two_levels(amax, fmt, fmt.block.smallest_scale)
     if fmt.block.scale == "bf16":
-        amax = amax.to(torch.bfloat16).float()
+        amax = amax.to(torch.bfloat16).float().clamp(max=torch.finfo(torch.bfloat16).max)
     largest = float(scheme.quant_range[1]) if fmt.kind == "int" else fmt.largest
     scale = amax / largest
     return QParams(torch.where(scale == 0, 1.0, scale))
@@ -86,7 +87,8 @@ def _mx_scales(amax: Tensor, mx: MxScale) -> Tensor:
         bits = bits + (1 << (22 - mx.mantissa))
     exponent = (bits >> 23) - 127
     if mx.rounding in ("ceil", "rceil"):
-        exponent = exponent + ((bits & 0x7FFFFF) != 0)
+        # up to 2^-127, which lies in the middle of the subnormal numbers, the smallest scale does
+        exponent = exponent + (((bits & 0x7FFFFF) != 0) & (bits > _E8M0_SMALLEST))
     if mx.rounding != "rceil":
         exponent = exponent - mx.emax
     scale = torch.ldexp(torch.ones_like(amax), exponent.clamp(-127, 127))
@@ -96,7 +98,8 @@ def _mx_scales(amax: Tensor, mx: MxScale) -> Tensor:
 def _two_levels(amax: Tensor, fmt: formats.Format, smallest: float) -> QParams:
     e4m3 = formats.get("e4m3fn")
     largest = amax.max() if amax.numel() else amax.new_zeros(())
-    above = (largest / (e4m3.largest * fmt.largest)).clamp(min=_TINY)
+    # not so small that 1 / (above · scale), which values are multiplied with, overflows
+    above = (largest / (e4m3.largest * fmt.largest)).clamp(min=_TINY / smallest)
     above = torch.where(largest == 0, 1.0, above)
     ideal = (amax / fmt.largest / above).clamp(smallest, e4m3.largest)
     scale = codec_of(e4m3).round_(ideal, -e4m3.largest, e4m3.largest)

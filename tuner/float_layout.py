@@ -8,7 +8,7 @@ from typing import Literal
 from tuner.errors import TunerError
 
 FP32_LARGEST = (2 - 2.0**-23) * 2.0**127
-_FP32_SMALLEST_EXPONENT = -149
+_FP32_SMALLEST_NORMAL = -126
 
 Specials = Literal["ieee", "fn", "fnuz", "finite"]
 
@@ -35,8 +35,9 @@ class FloatLayout:
         shown = f"e{self.exponent_bits}m{self.mantissa_bits} with a bias of {self.bias}"
         if not (1 <= self.exponent_bits <= 8 and 0 <= self.mantissa_bits <= 23):
             raise TunerError(f"{shown}: choose 1 to 8 exponent bits and 0 to 10 mantissa bits")
-        if self.emin - self.mantissa_bits < _FP32_SMALLEST_EXPONENT or self.emin > 127:
-            raise TunerError(f"{shown} is outside the range of fp32: choose another bias")
+        if not _FP32_SMALLEST_NORMAL - 1 <= self.emin <= 127:
+            # below, the kernels would have to tell the binades of fp32's own subnormals apart
+            raise TunerError(f"{shown} is outside the range of fp32: choose a bias of -126 to 128")
         if not self.largest > 0:
             raise TunerError(f"{shown} ({self.specials}) holds no number but 0: add bits")
 

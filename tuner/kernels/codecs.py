@@ -226,7 +226,7 @@ class CodebookCodec:
         between = (entries[1:] + entries[:-1]) / 2  # exact: entries are fp32 numbers
         ends = between.to(x.dtype)
         below = ends.nextafter(torch.full_like(ends, -math.inf))
-        return torch.bucketize(x, torch.where(ends > between, below, ends))
+        return torch.bucketize(x.contiguous(), torch.where(ends > between, below, ends))
 
     def _table(self, like: Tensor) -> Tensor:
         return torch.tensor(self.entries, dtype=like.dtype, device=like.device)
