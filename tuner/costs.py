@@ -11,10 +11,10 @@ from math import ceil, prod
 from torch import Tensor, nn
 
 from tuner import formats
+from tuner.biases import bias_name, counts_products
 from tuner.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from tuner.graph import OpGraph
 from tuner.ops import Op, WeightRef
-from tuner.packing import packed_size_bytes
 from tuner.schemes import OpConfig, TensorScheme
 
 FLOAT_BITS = 32
@@ -70,18 +70,32 @@ class CostModel:
         shape = self.weight_shape(ref)
         if scheme is None:
             return float(prod(shape) * self._itemsizes[ref.path])
-        return float(packed_size_bytes(prod(shape), scheme.bits) + _scale_bytes(shape, scheme))
+        return float(_stored_bytes(shape, scheme))
 
     def op_bytes(self, op: Op, config: OpConfig) -> float:
-        """Return the bytes of an op's weights and of its static activation parameters."""
+        """Return the bytes of an op's weights and of its static activation parameters.
+
+        A quantized bias counts with the bytes that it takes more, or less, than in float.
+        """
         weights = sum(self.weight_bytes(ref, config.weight) for ref in op.weights)
-        return weights + self.activation_bytes(op, config)
+        return weights + self.bias_bytes(op, config) + self.activation_bytes(op, config)
+
+    def bias_bytes(self, op: Op, config: OpConfig) -> float:
+        """Return how many bytes more a quantized bias takes than a float one; mostly below 0."""
+        name = bias_name(op.name)
+        if config.bias is None or name not in self._shapes:
+            return 0.0
+        shape = self._shapes[name]
+        scales = 0 if counts_products(config) else _scale_bytes(shape, config.bias)
+        codes = _code_bytes(shape, config.bias)
+        return float(codes + scales - prod(shape) * self._itemsizes[name])
 
     def activation_bytes(self, op: Op, config: OpConfig) -> float:
         """Return the bytes of an op's static activation parameters."""
         schemes = [config.input_scheme(i) for i in op.activations] + [config.output]
         static = [s for s in schemes if s is not None and s.needs_range]
-        return float(len(static) * (_SCALE_BYTES + _ZERO_POINT_BYTES))
+        integers = sum(formats.get(scheme.format).kind == "int" for scheme in static)
+        return float(len(static) * _SCALE_BYTES + integers * _ZERO_POINT_BYTES)
 
     def costs(self, plan: Mapping[str, OpConfig]) -> Costs:
         """Return the costs of the whole model under a plan; tied weights count once."""
@@ -91,7 +105,7 @@ class CostModel:
         for op in self._graph.ops.values():
             config = plan.get(op.name, OpConfig.float())
             bops += self.bops(op, config)
-            size += self.activation_bytes(op, config)
+            size += self.activation_bytes(op, config) + self.bias_bytes(op, config)
             for ref in op.weights:
                 if ref.key not in counted:
                     counted.add(ref.key)
@@ -107,6 +121,14 @@ def named_storage(model: nn.Module) -> dict[str, Tensor]:
         if name in persistent:
             tensors[name] = buffer
     return tensors
+
+
+def _stored_bytes(shape: tuple[int, ...], scheme: TensorScheme) -> int:
+    return _code_bytes(shape, scheme) + _scale_bytes(shape, scheme)
+
+
+def _code_bytes(shape: tuple[int, ...], scheme: TensorScheme) -> int:
+    return ceil(prod(shape) * scheme.bits / 8)
 
 
 def _scale_bytes(shape: tuple[int, ...], scheme: TensorScheme) -> int:

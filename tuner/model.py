@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tuner.biases import BiasStore
 from tuner.errors import PlanError
 from tuner.graph import MacCounter, OpGraph, Recorder
 from tuner.ops import FAMILY_OF_MODULE, Family, Op, WeightRef
@@ -41,6 +42,7 @@ class InstrumentedModel:
         self.model = model
         self.runtime = Runtime()
         self.weights = WeightStore(model)
+        self.biases = BiasStore(model)
         self.ops: Mapping[str, Op] = {}
         self._ranges: Ranges | None = None
         self._current: dict[str, OpConfig] = {}
@@ -122,6 +124,7 @@ class InstrumentedModel:
     def _set(self, op: Op, config: OpConfig) -> None:
         for ref in op.weights:
             self.weights.set(ref, config.weight)
+        self.biases.set(op, config, self.bias_scale)
         if config.is_float:
             self._current.pop(op.name, None)
             self.runtime.sites.pop(op.name, None)
@@ -142,6 +145,7 @@ class InstrumentedModel:
         if config.weight is not None and op.weights:
             scales = self.weights.scales(op.weights[0], config.weight)
             parts.append(f"weight {Quantizer(config.weight, QParams(scales)).describe()}")
+        parts += [] if (bias := self.biases.describe(op)) is None else [bias]
         parts += [f"input {i} {q.describe()}" for i, q in enumerate(site.inputs) if q is not None]
         parts += [] if site.output is None else [f"output {site.output.describe()}"]
         return "; ".join(parts)
@@ -156,6 +160,16 @@ class InstrumentedModel:
                 qparams = self._ranges.qparams(op.name, index, scheme)
             self._quantizers[key] = Quantizer(scheme, qparams)
         return self._quantizers[key]
+
+    def bias_scale(self, op: Op, config: OpConfig) -> Tensor:
+        """Return input scale × weight scale of an op, in fp64: the step of an int32 bias."""
+        inputs = config.input_scheme(0)
+        assert inputs is not None
+        assert config.weight is not None
+        qparams = self.quantizer(op, 0, inputs).qparams
+        assert qparams is not None
+        weight = self.weights.scales(op.weights[0], config.weight)
+        return torch.as_tensor(qparams.scale).double() * weight.double()
 
     def _needed(self) -> set[str]:
         """Return the modules that must be swapped for what is on now."""

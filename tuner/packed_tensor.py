@@ -63,6 +63,27 @@ def unpack_tensor(
     return _cast(dequantize(codes, scheme, QParams(scale, qparams.zero_point)), dtype)
 
 
+def pack_current(
+    current: Tensor,
+    original: Tensor,
+    scheme: TensorScheme,
+    qparams: QParams | None = None,
+    known: StoredTensor | None = None,
+) -> StoredTensor:
+    """Return the parts of a quantized tensor as it is on a model, trained further or not.
+
+    `known` are parts that it was loaded from; else it was quantized from `original`.
+    """
+    current = current.detach().cpu()
+    parts = pack_tensor(original, scheme, qparams) if known is None else known
+    if not formats.get(scheme.format).has_codes:  # what a function returns may differ each time
+        return {**parts, "values": current.contiguous().clone()}
+    value = unpack_tensor(parts, scheme, tuple(current.shape), current.dtype)
+    if bool(((value == current) | (value.isnan() & current.isnan())).all()):
+        return parts
+    return pack_tensor(current.to(original.dtype), scheme, qparams)
+
+
 def stored_qparams(parts: StoredTensor, scheme: TensorScheme) -> QParams:
     """Return the quantization parameters among the parts."""
     if not formats.get(scheme.format).scaled:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tuner.biases import bias_name
 from tuner.config import TuningConfig
 from tuner.costs import CostModel, Costs
 from tuner.data_pass import DataPass
@@ -26,7 +27,7 @@ from tuner.search_space import (
     candidates_of,
     components_wanted,
 )
-from tuner.sensitivity import SAMPLES, WEIGHT, SensitivityAnalysis, components_of
+from tuner.sensitivity import BIAS, SAMPLES, WEIGHT, SensitivityAnalysis, components_of
 
 Candidates = dict[str, list[Candidate]]
 Options = dict[str, dict[str, dict[str, Any]]]
@@ -108,7 +109,11 @@ class Preparation:
         return json.dumps(table, sort_keys=True)
 
     def _candidates_of(self, ops: Mapping[str, Op]) -> Candidates:
-        shapes = {name: tuple(p.shape) for name, p in self.model.model.named_parameters()}
+        model, graph = self.model.model, self._data.graph
+        parameters = model.named_parameters(remove_duplicate=False)
+        shapes = {name: tuple(p.shape) for name, p in parameters}
+        for pair in find_pairs(model, graph):  # folding gives these a bias
+            shapes.setdefault(bias_name(pair.layer), graph.ops[pair.layer].output_shape[1:2])
         return candidates_of(ops, self._config.search_space, shapes)
 
     def _calibrate(self, progress: Progress) -> CalibratedRanges:
@@ -121,7 +126,7 @@ class Preparation:
         """Return the operands of every op that need a calibrated range."""
         wanted = {}
         for name, components in components_wanted(ops, self._candidates_of(ops)).items():
-            static = (i for i, scheme in components if i != WEIGHT and scheme.needs_range)
+            static = (index for index, scheme in components if _needs_range(index, scheme))
             wanted[name] = tuple(dict.fromkeys(static))
         return wanted
 
@@ -131,7 +136,7 @@ class Preparation:
         for name, candidates in _candidates_from(options).items():
             for candidate in candidates:
                 for index, scheme in components_of(self._data.graph.ops[name], candidate.config):
-                    if index != WEIGHT and scheme.needs_range:
+                    if _needs_range(index, scheme):
                         found[name, index, scheme] = None
         return list(found)
 
@@ -154,6 +159,11 @@ class Preparation:
                 for option in options
             }
         return payload
+
+
+def _needs_range(index: int, scheme: TensorScheme) -> bool:
+    """Return whether a component is an activation whose range must be calibrated."""
+    return index not in (WEIGHT, BIAS) and scheme.needs_range
 
 
 def _candidates_from(payload: Options) -> Candidates:

@@ -17,8 +17,8 @@ from tuner.schemes import CalibrationMethod, OpConfig, TensorScheme
 GROUP_SIZES = (128, 32)
 INPUT_CALIBRATIONS = {
     "int": ("mse", "minmax", "percentile"),
-    "float": ("minmax", "percentile"),
-    "codebook": ("minmax", "percentile"),
+    "float": ("mse", "minmax", "percentile"),
+    "codebook": ("mse", "minmax", "percentile"),
     "function": ("minmax", "percentile"),
 }
 """Kind of format → the methods worth a try for a static input."""

@@ -21,7 +21,7 @@ from tuner.packed_tensor import (
     PART_NAMES,
     StoredTensor,
     check_parts,
-    pack_tensor,
+    pack_current,
     unpack_tensor,
 )
 from tuner.plan import Plan
@@ -100,6 +100,9 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
     ops = {entry["name"]: _op(entry) for entry in config["ops"]}
     _restore(instrumented, ops, plan, folded, tensors, config["weights"])
     instrumented.install(ops, SavedRanges(config["activations"], tensors))
+    for op in _biased(ops, plan):
+        parts = _parts_of(instrumented.biases.path(op), tensors)
+        instrumented.biases.adopt(op, plan[op.name], parts, instrumented.bias_scale)
     instrumented.apply(plan)
     return Parts(instrumented, plan, folded, result)
 
@@ -135,15 +138,21 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
     model = parts.model
     needless = folded_names(model.model, parts.folded)
     weights = _weight_schemes(model.ops, parts.plan)
+    parameters = dict(model.model.named_parameters())
     packed_paths = {ref.path for ref, _ in weights.values()}
+    biased = _biased(model.ops, parts.plan)
+    bias_paths = {model.biases.path(op) for op in biased}
     tensors = {
         name: tensor.detach().contiguous().cpu().clone()
         for name, tensor in named_storage(model.model).items()
-        if name not in needless and name not in packed_paths
+        if name not in needless | packed_paths | bias_paths
     }
     for ref, scheme in weights.values():
-        packed = _packed_now(ref, scheme, model)
-        tensors.update({f"{_stem(ref)}.{part}": tensor for part, tensor in packed.items()})
+        current, original = ref.of(parameters[ref.path]), model.weights.original(ref)
+        known = model.weights.packed(ref, scheme)
+        tensors.update(_named(_stem(ref), pack_current(current, original, scheme, None, known)))
+    for op in biased:
+        tensors.update(_named(*model.biases.stored(op)))
     for path in packed_paths:
         tensors.update(_float_rows(path, model, weights))
     order, scales, zero_points = [], [], []
@@ -178,34 +187,22 @@ def _weight_schemes(
     return found
 
 
+def _biased(ops: Mapping[str, Op], plan: Mapping[str, OpConfig]) -> list[Op]:
+    """Return the ops whose bias is quantized."""
+    return [ops[n] for n, config in plan.items() if config.bias is not None and n in ops]
+
+
+def _named(stem: str, parts: StoredTensor) -> dict[str, Tensor]:
+    return {f"{stem}.{part}": tensor for part, tensor in parts.items()}
+
+
 def _stem(ref: WeightRef) -> str:
     return ref.path if ref.rows is None else f"{ref.path}[{ref.rows[0]}:{ref.rows[1]}]"
 
 
-def _packed_now(ref: WeightRef, scheme: TensorScheme, model: InstrumentedModel) -> StoredTensor:
-    """Return the parts of the weight as it is on the model, trained further or not."""
-    current = ref.of(dict(model.model.named_parameters())[ref.path].detach().cpu())
-    if not formats.get(scheme.format).has_codes:  # what a function returns may differ each time
-        return {**_packed(ref, scheme, model), "values": current.contiguous().clone()}
-    packed = _packed(ref, scheme, model)
-    value = unpack_tensor(packed, scheme, tuple(current.shape), current.dtype)
-    return packed if _equal(value, current) else pack_tensor(current, scheme)
-
-
-def _packed(ref: WeightRef, scheme: TensorScheme, model: InstrumentedModel) -> StoredTensor:
-    known = model.weights.packed(ref, scheme)
-    return pack_tensor(model.weights.original(ref), scheme) if known is None else known
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _parts_of(stem: str, scheme: TensorScheme, tensors: Mapping[str, Tensor]) -> StoredTensor:
+def _parts_of(stem: str, tensors: Mapping[str, Tensor]) -> StoredTensor:
     names = {part: f"{stem}.{part}" for part in PART_NAMES}
-    parts = {part: tensors[name] for part, name in names.items() if name in tensors}
-    check_parts(parts, scheme, stem)
-    return parts
+    return {part: tensors[name] for part, name in names.items() if name in tensors}
 
 
 def _float_rows(
@@ -242,6 +239,10 @@ def _restore(
             "another architecture"
         )
     covered = {ref.path for ref, _ in weights.values()} | folded_names(model.model, folded)
+    for op in _biased(ops, plan):
+        path = _bias_path(model, op)
+        covered.add(path)
+        _check_shape(path, storage[path], shapes)
     for name, target in storage.items():
         if name not in covered:
             _copy(name, target, tensors.get(name))
@@ -252,14 +253,29 @@ def _restore(
             _copy(name, storage[path][int(start) : int(stop)], tensor)
     for ref, scheme in weights.values():
         target = ref.of(storage[ref.path])
-        if list(target.shape) != shapes.get(_stem(ref)):
-            raise PlanError(
-                f"{_stem(ref)!r} has shape {list(target.shape)} in this model, and shape "
-                f"{shapes.get(_stem(ref))} was saved: it is a plan for another architecture"
-            )
-        packed = _parts_of(_stem(ref), scheme, tensors)
+        _check_shape(_stem(ref), target, shapes)
+        packed = _parts_of(_stem(ref), tensors)
+        check_parts(packed, scheme, _stem(ref))
         value = unpack_tensor(packed, scheme, tuple(target.shape), target.dtype)
         model.weights.adopt(ref, value, scheme, packed)
+
+
+def _bias_path(model: InstrumentedModel, op: Op) -> str:
+    try:
+        return model.biases.path(op)
+    except AttributeError as error:
+        raise PlanError(
+            f"{op.name!r} has no bias in this model, and a quantized one was saved: it is a plan "
+            "for another architecture"
+        ) from error
+
+
+def _check_shape(name: str, target: Tensor, shapes: Mapping[str, list[int]]) -> None:
+    if list(target.shape) != shapes.get(name):
+        raise PlanError(
+            f"{name!r} has shape {list(target.shape)} in this model, and shape "
+            f"{shapes.get(name)} was saved: it is a plan for another architecture"
+        )
 
 
 def _copy(name: str, target: Tensor, value: Tensor | None) -> None:
@@ -292,7 +308,9 @@ def _config(parts: Parts, activations: list[Any], files: Mapping[str, bytes]) ->
 def _shapes(parts: Parts) -> dict[str, list[int]]:
     parameters = dict(parts.model.model.named_parameters())
     refs = (ref for ref, _ in _weight_schemes(parts.model.ops, parts.plan).values())
-    return {_stem(ref): list(ref.of(parameters[ref.path]).shape) for ref in refs}
+    shapes = {_stem(ref): list(ref.of(parameters[ref.path]).shape) for ref in refs}
+    biased = map(parts.model.biases.path, _biased(parts.model.ops, parts.plan))
+    return {**shapes, **{path: list(parameters[path].shape) for path in biased}}
 
 
 def _op(entry: Mapping[str, Any]) -> Op:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from strategies.space import Assignment, Option, Space, Unit
 from tuner import formats
+from tuner.biases import bias_problem
 from tuner.config import Rule, SearchSpace
 from tuner.costs import CostModel
 from tuner.errors import PlanError, SpaceError, UnknownNameError, UnsupportedError
@@ -87,7 +88,7 @@ def candidates_of(
             found[name] = [*candidates, FLOAT]
     for rule in space.rules:
         for op in _matched(ops, rule):
-            found[op.name] = _rule_candidates(op, rule)
+            found[op.name] = _rule_candidates(op, rule, shapes)
     if not found:
         raise SpaceError(
             "nothing in this model can be quantized in this space: it has no op with "
@@ -122,8 +123,8 @@ def _matches(op: Op, rule: Rule) -> bool:
     return by_type and by_name and named
 
 
-def _rule_candidates(op: Op, rule: Rule) -> list[Candidate]:
-    configs = dict.fromkeys(_fitted(op, config) for config in rule.options)
+def _rule_candidates(op: Op, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> list[Candidate]:
+    configs = dict.fromkeys(_fitted(op, config, shapes) for config in rule.options)
     labels: dict[str, int] = {}
     candidates = []
     for config in configs:
@@ -134,7 +135,7 @@ def _rule_candidates(op: Op, rule: Rule) -> list[Candidate]:
     return sorted(candidates, key=lambda c: c.config.is_float)
 
 
-def _fitted(op: Op, config: OpConfig) -> OpConfig:
+def _fitted(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -> OpConfig:
     """Return a rule's option as it applies to one op: a scheme for each operand that it has."""
     if config.recovery:
         raise UnsupportedError(
@@ -151,7 +152,10 @@ def _fitted(op: Op, config: OpConfig) -> OpConfig:
         weight=config.weight if op.weights else None,
         inputs=inputs if any(inputs) else None,
         output=config.output,
+        bias=config.bias,
     )
+    if (problem := bias_problem(op, fitted, shapes)) is not None:
+        raise SpaceError(problem)
     if fitted.is_float and not config.is_float:
         raise SpaceError(
             f"{op.name} ({op.type}) has {'no weight' if not op.weights else 'no such input'}: "
@@ -261,7 +265,9 @@ class _Price:
         bops = sum(self._costs.bops(op, configs[op.name]) for op in members)
         weights = {ref.key: (ref, configs[op.name].weight) for op in members for ref in op.weights}
         size = sum(self._costs.weight_bytes(ref, scheme) for ref, scheme in weights.values())
-        size += sum(self._costs.activation_bytes(op, configs[op.name]) for op in members)
+        for op in members:
+            size += self._costs.activation_bytes(op, configs[op.name])
+            size += self._costs.bias_bytes(op, configs[op.name])
         return self.by_bops * bops + self.by_size * size
 
 

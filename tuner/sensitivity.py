@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.batches import Feeder, batch_size
+from tuner.biases import counts_products
 from tuner.capture import Capture, CapturedCall, surrogate_loss
 from tuner.model import OUTPUT, InstrumentedModel
 from tuner.ops import Op
@@ -32,6 +33,8 @@ SAMPLES = 64
 _SLICE = 32
 WEIGHT = -2
 """The component index of an op's weight; operands are ≥ 0, the output is OUTPUT."""
+BIAS = -3
+"""That of a bias with a scale of its own: an int32 bias is as exact as the products it joins."""
 
 Component = tuple[int, TensorScheme]
 
@@ -60,6 +63,7 @@ def components_of(op: Op, config: OpConfig) -> list[Component]:
         (WEIGHT, config.weight if op.weights else None),
         *((i, config.input_scheme(i)) for i in op.activations),
         (OUTPUT, config.output),
+        (BIAS, None if counts_products(config) else config.bias),
     ]
     return [(index, scheme) for index, scheme in pairs if scheme is not None]
 
@@ -170,6 +174,8 @@ class SensitivityAnalysis:
         index, scheme = component
         if index == WEIGHT:
             return self._with_weight(op, captured, scheme)
+        if index == BIAS:
+            return self._with_bias(op, captured, scheme)
         quantizer = self._model.quantizer(op, index, scheme)
         if index == OUTPUT:
             return quantizer(_head(captured.replay(lambda i, x: x)))
@@ -189,6 +195,14 @@ class SensitivityAnalysis:
         finally:
             for ref in op.weights:
                 weights.set(ref, None)
+
+    def _with_bias(self, op: Op, captured: CapturedCall, scheme: TensorScheme) -> Any:
+        biases, scale = self._model.biases, self._model.bias_scale
+        try:
+            biases.set(op, OpConfig(bias=scheme), scale)
+            return captured.replay(lambda i, x: x)
+        finally:
+            biases.set(op, OpConfig.float(), scale)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class WeightStore:
         self._originals = {name: p.data for name, p in self._parameters.items()}
         self._schemes: dict[_Key, TensorScheme] = {}
         self._cache: OrderedDict[tuple[_Key, TensorScheme], Tensor] = OrderedDict()
+        self._scales: dict[tuple[_Key, TensorScheme], Tensor] = {}
         self._adopted: dict[tuple[_Key, TensorScheme], StoredTensor] = {}
         self._cached_bytes = 0
         self._max_bytes = max_bytes
@@ -40,6 +41,7 @@ class WeightStore:
     ) -> None:
         """Take weights that were quantized before (a loaded plan) as they are, and their codes."""
         self._adopted[ref.key, scheme] = packed
+        self._scales.pop((ref.key, scheme), None)
         target = ref.of(self._parameters[ref.path].data)
         target.copy_(weight.to(target.dtype))
         self._schemes[ref.key] = scheme
@@ -50,12 +52,15 @@ class WeightStore:
 
     def scales(self, ref: WeightRef, scheme: TensorScheme) -> Tensor:
         """Return the scales of a weight under a scheme, a global scale multiplied in."""
-        packed = self.packed(ref, scheme)
-        if packed is None:
-            qparams = compute_qparams(self.original(ref), scheme)
-        else:
-            qparams = stored_qparams(packed, scheme)
-        return torch.as_tensor(whole_scale(qparams))
+        key = ref.key, scheme
+        if key not in self._scales:
+            packed = self.packed(ref, scheme)
+            if packed is None:
+                qparams = compute_qparams(self.original(ref), scheme)
+            else:
+                qparams = stored_qparams(packed, scheme)
+            self._scales[key] = torch.as_tensor(whole_scale(qparams))
+        return self._scales[key]
 
     def set(self, ref: WeightRef, scheme: TensorScheme | None) -> None:
         """Quantize a weight by a scheme, or give it its float values back."""
@@ -109,3 +114,4 @@ class WeightStore:
         for name, value in values.items():
             self._originals[name] = value
             self._parameters[name].data = value
+        self._scales.clear()

@@ -34,7 +34,7 @@ class FixedRange:
     """Every activation lies in [−4, 4)."""
 
     def qparams(self, op: str, operand: int, scheme: TensorScheme) -> QParams:
-        return QParams(2.0**-5, 128)
+        return QParams(2.0**-5, 128 if scheme.format == "uint8" else None)
 
 
 def instrumented(net: nn.Module) -> tuple[InstrumentedModel, torch.Tensor]:
