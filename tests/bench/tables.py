@@ -1,13 +1,14 @@
 """The raw lines of the benchmark as tables in Markdown."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 RUNS = HERE / "raw" / "runs"
 SPEED = HERE / "raw" / "speed"
+KERNELS = HERE / "raw" / "kernels"
 RESULTS = HERE / "RESULTS.md"
 
 Row = Mapping[str, Any]
@@ -55,6 +56,12 @@ _SPEED_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("switch ÷ FP32, later", lambda r: f"{r['switch_s'] / r['float_s']:.1%}"),
     ("repeats", lambda r: str(r["repeats"])),
 )
+_KERNEL_KEY = ("owner", "what", "mib", "threads")
+_KERNEL_INTRODUCTION = """\
+`python tests/bench/kernels.py`: the time of a call ÷ the time of `torch.Tensor.copy_` of the same
+fp32 tensor to another that exists already; medians of calls and copies that alternate. The last
+column is one call on 1,024 values. Backward reads two tensors and writes one.
+"""
 _SPEED_INTRODUCTION = """\
 Interleaved medians. A switch goes from all-int8 to a plan that differs in every op with a weight;
 the first one quantizes the weights, a later one finds them in the cache.
@@ -83,6 +90,7 @@ def render() -> None:
     """Write RESULTS.md from all raw lines."""
     rows = _newest(_read(RUNS), _RUN_KEY)
     speeds = _newest(_read(SPEED), ("model",))
+    kernels = _newest(_read(KERNELS), _KERNEL_KEY)
     tasks = {row["model"]: row for row in rows}
     parts = [
         _INTRODUCTION,
@@ -95,8 +103,11 @@ def render() -> None:
         "## Speed of simulated int8\n",
         _SPEED_INTRODUCTION,
         _table(_SPEED_COLUMNS, speeds),
+        "## Kernels\n",
+        _KERNEL_INTRODUCTION,
+        _kernel_table(kernels),
         "## Machine\n",
-        _machines([*rows, *speeds]),
+        _machines([*rows, *speeds, *kernels]),
     ]
     RESULTS.write_text("\n".join(parts), encoding="utf-8")
 
@@ -115,6 +126,22 @@ def _table(columns: Iterable[tuple[str, Callable[[Row], str]]], rows: Iterable[R
     columns = tuple(columns)
     lines = [[title for title, _ in columns], ["---"] * len(columns)]
     lines += [[cell(row) for _, cell in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _kernel_table(rows: Sequence[Row]) -> str:
+    """Return one line for each implementation, with a column for each size and thread count."""
+    cases = sorted({(row["threads"], row["mib"]) for row in rows})
+    titles = ["", "", *(f"{m} MiB, {t} thread{'s' * (t > 1)}" for t, m in cases), "1,024 values"]
+    lines = [titles, ["---"] * len(titles)]
+    for owner, what in dict.fromkeys((row["owner"], row["what"]) for row in rows):
+        own = {
+            (r["threads"], r["mib"]): r for r in rows if (r["owner"], r["what"]) == (owner, what)
+        }
+        cells = [f"{own[case]['ratio']:.2f}" if case in own else "–" for case in cases]
+        small = own[min(own)]["small_s"]
+        cells.append("–" if small is None else f"{small * 1e6:.1f} µs")
+        lines.append([owner, what, *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -96,8 +95,10 @@ class FloatCodec:
         """Without a mantissa the exponent field decides ties: whether its parity is not fp32's."""
         return (_FP32_BIAS - self.layout.bias) % 2 if self._mantissa == 0 else 0
 
-    @cached_property
-    def _is_bfloat16(self) -> bool:
+    def _can_cast(self, steps: Tensor) -> bool:
+        """Whether torch's cast to bfloat16 does the same; a compiler would drop the two casts."""
+        if torch.compiler.is_compiling() or steps.dtype != torch.float32:
+            return False
         return self.layout == FloatLayout(8, 7, 127)
 
     @property
@@ -108,7 +109,7 @@ class FloatCodec:
         """Round in place to numbers of the layout; the bounds are the layout's own."""
         if self._mantissa >= _FP32_MANTISSA:
             return steps.clamp_(-self.layout.largest, self.layout.largest)
-        if not torch.compiler.is_compiling() and self._is_bfloat16:  # it would drop the cast
+        if self._can_cast(steps):
             largest = self.layout.largest
             return steps.copy_(steps.clamp_(-largest, largest).to(torch.bfloat16))
         magnitude = steps.abs().clamp_(max=self.limit)

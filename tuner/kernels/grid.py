@@ -15,6 +15,7 @@ from tuner.kernels.layout import block_parameter, block_view
 from tuner.kernels.native import NativeGrid, takes
 
 _CHUNK = 64 * 1024  # values a thread keeps in its cache
+_SLACK = 2.0**-22  # two roundings of fp32
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
 
@@ -116,9 +117,12 @@ def masked_gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
         if masked is not None:
             return masked
     steps, low, high = _steps(x, grid)
-    slack = 1 + 2.0**-22
-    inside = ((steps >= low * slack) & (steps <= high * slack)).reshape(x.shape)
-    return torch.where(inside, gradient, 0.0)
+    inside = (steps >= _beyond(low, -_SLACK)) & (steps <= _beyond(high, _SLACK))
+    return torch.where(inside.reshape(x.shape), gradient, 0.0)
+
+
+def _beyond(bound: Bound, by: float) -> Bound:
+    return bound + (bound.abs() if isinstance(bound, Tensor) else abs(bound)) * by
 
 
 def _steps(x: Tensor, grid: Grid) -> tuple[Tensor, Bound, Bound]:

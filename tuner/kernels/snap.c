@@ -25,7 +25,10 @@ typedef struct {
     float all_low, all_high;         /* then these hold for all values */
 } params_t;
 
-static const int64_t STRIP = 64; /* short runs that a thread takes at a time */
+enum { STRIP = 64 }; /* short runs that a thread takes at a time */
+
+/* The gradient's lower bound: two roundings of fp32 below what is meant. */
+static inline float below(float low) { return low - fabsf(low) * 0x1p-22f; }
 
 /* The comparisons are written so that NaN fails them and stays. */
 static inline float to_integer(float v, float low, float high) {
@@ -53,16 +56,26 @@ static inline float to_float_by_sum(float v, const codec_t *c) {
     return finished(a, (a + constant) - constant, v, c);
 }
 
-static inline float to_float_by_bits(float v, const codec_t *c) {
-    float a = fabsf(v);
-    a = a > c->limit ? c->limit : a;
+static inline float rounded_bits(float a, const codec_t *c) {
     uint32_t u = bits_of(a);
     uint32_t odd = ((u >> c->shift) ^ (uint32_t)c->parity) & 1;
     u = (u + odd + ((1u << (c->shift - 1)) - 1)) & ~((1u << c->shift) - 1);
+    return a != a ? a : float_of(u);
+}
+
+static inline float to_float_by_bits(float v, const codec_t *c) {
+    float a = fabsf(v);
+    a = a > c->limit ? c->limit : a;
     float constant = c->normal * c->magic;
-    float rounded = a < 2.0f * c->normal ? (a + constant) - constant : float_of(u);
-    rounded = a != a ? a : rounded;
+    float rounded = a < 2.0f * c->normal ? (a + constant) - constant : rounded_bits(a, c);
     return finished(a, rounded, v, c);
+}
+
+/* With the exponents of fp32 its own subnormals round as the format's do. */
+static inline float to_float_like_fp32(float v, const codec_t *c) {
+    float a = fabsf(v);
+    a = a > c->limit ? c->limit : a;
+    return finished(a, rounded_bits(a, c), v, c);
 }
 
 static inline codec_t plain_of(const codec_t *c) {
@@ -78,14 +91,15 @@ typedef struct {
 } mx_t;
 
 static inline float mx_scale(uint32_t amax, const mx_t *mx) {
-    if (amax >= 0x7f800000u) return NAN;
+    const int finite = amax < 0x7f800000u;
     if (mx->rounding == EVEN) amax += 1u << (22 - mx->mantissa);
     if (mx->rounding == RCEIL) amax = bits_of(float_of(amax) / mx->largest);
-    int exponent = (int)(amax >> 23) - 127;
+    int32_t exponent = (int32_t)(amax >> 23) - 127;
     if (mx->rounding == CEIL || mx->rounding == RCEIL) exponent += (amax & 0x7fffffu) != 0;
     if (mx->rounding != RCEIL) exponent -= mx->emax;
     exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
-    return exponent == -127 ? 0x1p-127f : float_of((uint32_t)(exponent + 127) << 23);
+    const uint32_t bits = exponent == -127 ? 0x00400000u : (uint32_t)(exponent + 127) << 23;
+    return finite ? float_of(bits) : NAN;
 }
 
 /* The loops below come once a type. In a run of `one` scale it is a constant; in a run of `each`,
@@ -97,6 +111,9 @@ static inline float mx_scale(uint32_t amax, const mx_t *mx) {
 #define FLOAT_LOOPS(SCALE, LOAD, STORE)                                                            \
     if (c->kind == BY_SUM && is_plain) { ROUNDED_LOOP(SCALE, to_float_by_sum(v, &plain), LOAD, STORE) } \
     else if (c->kind == BY_SUM) { ROUNDED_LOOP(SCALE, to_float_by_sum(v, &own), LOAD, STORE) }     \
+    else if (c->normal == 0x1p-126f && is_plain) {                                                 \
+        ROUNDED_LOOP(SCALE, to_float_like_fp32(v, &plain), LOAD, STORE)                            \
+    }                                                                                              \
     else { ROUNDED_LOOP(SCALE, to_float_by_bits(v, &own), LOAD, STORE) }
 
 #define FUNCTIONS(T, SUFFIX, LOAD, STORE)                                                          \
@@ -126,32 +143,32 @@ static inline void snap_each_##SUFFIX(const T *restrict x, T *restrict y, int64_
 /* The gradient passes where low <= x / s <= high; the slack allows for two roundings. */          \
 static inline void mask_one_##SUFFIX(const T *restrict x, const T *restrict g, T *restrict y,      \
                                      int64_t n, const params_t *p, int64_t at) {                   \
-    const float slack = 1.0f + 0x1p-22f, s = p->scale[at];                                         \
-    const float low = (p->low ? p->low[at] : p->all_low) * slack;                                  \
-    const float high = (p->high ? p->high[at] : p->all_high) * slack;                              \
+    const float s = p->scale[at];                                                                  \
+    const float low = below(p->low ? p->low[at] : p->all_low);                                     \
+    const float high = -below(-(p->high ? p->high[at] : p->all_high));                             \
     LOOP(const float v = LOAD(x[i]) / s; y[i] = (v >= low) & (v <= high) ? g[i] : (T)0;)           \
 }                                                                                                  \
 static inline void mask_each_##SUFFIX(const T *restrict x, const T *restrict g, T *restrict y,     \
                                       int64_t n, const params_t *p, int64_t at) {                  \
-    const float slack = 1.0f + 0x1p-22f;                                                           \
     const float *s = p->scale + at;                                                                \
     LOOP(const float v = LOAD(x[i]) / s[i];                                                        \
-         const float low = (p->low ? p->low[at + i] : p->all_low) * slack;                         \
-         const float high = (p->high ? p->high[at + i] : p->all_high) * slack;                     \
+         const float low = below(p->low ? p->low[at + i] : p->all_low);                            \
+         const float high = -below(-(p->high ? p->high[at + i] : p->all_high));                    \
          y[i] = (v >= low) & (v <= high) ? g[i] : (T)0;)                                           \
 }                                                                                                  \
-ALWAYS_INLINE void mx_block_##SUFFIX(const T *restrict x, T *restrict y, int64_t n,                \
-                                     const mx_t *mx, const codec_t *c) {                           \
+ALWAYS_INLINE uint32_t amax_of_##SUFFIX(const T *x, int64_t n) {                                   \
     uint32_t amax = 0;                                                                             \
     LOOP(const uint32_t u = bits_of(LOAD(x[i])) & 0x7fffffffu; amax = u > amax ? u : amax;)        \
-    float s = mx_scale(amax, mx);                                                                  \
-    const codec_t plain = plain_of(c);                                                             \
-    if (c->kind == INTEGER) {                                                                      \
-        s *= 0x1p-6f; /* MXINT8 counts in 1/64 */                                                  \
-        LOOP(y[i] = STORE(to_integer(LOAD(x[i]) / s, -127.0f, 127.0f) * s);)                       \
+    return amax;                                                                                   \
+}                                                                                                  \
+ALWAYS_INLINE void snap_block_##SUFFIX(const T *restrict x, T *restrict y, int64_t n, float s,     \
+                                       const codec_t *plain) {                                     \
+    const float inverse = 1.0f / s; /* exact: both are powers of two */                            \
+    if (plain->kind == INTEGER) { /* MXINT8 counts in 1/64 */                                      \
+        LOOP(y[i] = STORE(to_integer(LOAD(x[i]) * inverse * 64.0f, -127.0f, 127.0f)                \
+                          * (s * 0x1p-6f));)                                                       \
     } else {                                                                                       \
-        const float inverse = 1.0f / s; /* exact, both are powers of two */                        \
-        LOOP(y[i] = STORE(to_float_by_sum(LOAD(x[i]) * inverse, &plain) * s);)                     \
+        LOOP(y[i] = STORE(to_float_by_sum(LOAD(x[i]) * inverse, plain) * s);)                      \
     }                                                                                              \
 }                                                                                                  \
 void snap_tensor_##SUFFIX(const T *x, T *y, int64_t n, float scale, float low, float high,         \
@@ -176,15 +193,26 @@ void mask_layout_##SUFFIX(const T *x, const T *g, T *y, const layout_t *l, const
 void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,                   \
                       const codec_t *c) {                                                          \
     const int64_t size = mx->size, blocks = (n + size - 1) / size, total = rows * blocks;          \
+    const codec_t plain = plain_of(c);                                                             \
     PARALLEL_FOR(rows * n)                                                                         \
     for (int64_t strip = 0; strip < total; strip += STRIP) {                                       \
-        int64_t row = strip / blocks, column = strip % blocks;                                     \
-        const int64_t end = strip + STRIP < total ? strip + STRIP : total;                         \
-        for (int64_t b = strip; b < end; b++) {                                                    \
-            const int64_t rest = n - column * size, from = row * n + column * size;                \
-            if (rest >= 32 && size == 32) mx_block_##SUFFIX(x + from, y + from, 32, mx, c);        \
-            else mx_block_##SUFFIX(x + from, y + from, rest < size ? rest : size, mx, c);          \
+        const int64_t count = strip + STRIP < total ? STRIP : total - strip;                       \
+        int64_t from[STRIP], length[STRIP], row = strip / blocks, column = strip % blocks;         \
+        uint32_t amax[STRIP];                                                                      \
+        float scale[STRIP];                                                                        \
+        for (int64_t b = 0; b < count; b++) {                                                      \
+            const int64_t rest = n - column * size;                                                \
+            from[b] = row * n + column * size;                                                     \
+            length[b] = rest < size ? rest : size;                                                 \
             if (++column == blocks) { column = 0; row++; }                                         \
+            amax[b] = length[b] == 32 ? amax_of_##SUFFIX(x + from[b], 32)                          \
+                                      : amax_of_##SUFFIX(x + from[b], length[b]);                  \
+        }                                                                                          \
+        for (int64_t b = 0; b < count; b++) scale[b] = mx_scale(amax[b], mx);                      \
+        for (int64_t b = 0; b < count; b++) {                                                      \
+            const T *source = x + from[b];                                                         \
+            if (length[b] == 32) snap_block_##SUFFIX(source, y + from[b], 32, scale[b], &plain);   \
+            else snap_block_##SUFFIX(source, y + from[b], length[b], scale[b], &plain);            \
         }                                                                                          \
     }                                                                                              \
 }
