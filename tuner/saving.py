@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from tuner import formats
 from tuner.costs import named_storage
 from tuner.errors import PlanError, SaveError
 from tuner.isolation import copied
@@ -128,9 +127,9 @@ class SavedRanges:
         position = self._position.get((op, operand))
         if position is None:
             raise PlanError(f"{op}: no range was saved for operand {operand} (calibrate again)")
-        is_integer = formats.get(scheme.format).kind == "int"
-        zero_point = self._zero_points[position] if is_integer else None
-        return QParams(self._scales[position], zero_point)
+        zero_point = self._zero_points[position]
+        has_one = not scheme.symmetric or bool(zero_point != 0)
+        return QParams(self._scales[position], zero_point if has_one else None)
 
 
 def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:

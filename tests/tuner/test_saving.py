@@ -124,6 +124,15 @@ def test_damaged_directory(name: str, damage: str, tmp_path: Path) -> None:
         quantization.load(out, ConvNet().eval())
 
 
+def test_directories_of_version_0_1_have_no_format_definitions(tmp_path: Path) -> None:
+    model = quantized(seeded(ConvNet))
+    out = model.save(tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    del config["formats"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert quantization.load(out, ConvNet().eval()).plan == model.plan
+
+
 def test_no_such_directory(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match=r"QuantizedModel.save"):
         quantization.load(tmp_path / "none", ConvNet())
