@@ -2,12 +2,13 @@
 
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from pydantic import ValidationError
@@ -17,13 +18,17 @@ from rich.table import Table
 from tuner import recipes
 from tuner.config import TuningConfig
 from tuner.criteria import AccuracyGoal
-from tuner.errors import TunerError
+from tuner.errors import SaveError, TunerError
 from tuner.op_table import op_table_rich
 from tuner.quantization import fit as fit_model
 from tuner.quantization import load
+from tuner.quantization import sweep as sweep_model
 from tuner.quantized_model import QuantizedModel
+from tuner.report.files import write_whole
 from tuner.results import TuningResult
 from tuner.saving import read_result
+from tuner.sweep import FORMATS, SweepResult
+from tuner.sweep_entries import PARTS, Part
 from tuner.version import VERSION
 
 app = typer.Typer(
@@ -127,6 +132,49 @@ def fit(
 
 
 @app.command()
+def sweep(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODULE:FUNCTION]",
+            help=(
+                "A function that takes nothing and returns (model, calib_dataloader, eval_func). "
+                "Without it, the recipe is swept."
+            ),
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(recipes.names())}.")] = (
+        "digits-resnet"
+    ),
+    formats: Annotated[
+        str, typer.Option(help="Number formats, with commas between: int8,e4m3fn,mxfp4.")
+    ] = ",".join(FORMATS),
+    part: Annotated[
+        list[str] | None, typer.Option(help="weights, inputs or both; may be given several times.")
+    ] = None,
+    lower_is_better: Annotated[bool, typer.Option(help="For losses and errors.")] = False,
+    metric: Annotated[str | None, typer.Option(help="Which of several metrics counts.")] = None,
+    calib_samples: Annotated[int | None, typer.Option(help="Calibration samples to read.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write sweep.json, sweep.csv and sweep.svg here.")
+    ] = None,
+) -> None:
+    """Show how a model withstands fewer bits: each format on weights, on inputs and on both."""
+    if out is not None:
+        _make_folder(out)
+    result = sweep_model(
+        *_task(target, recipe),
+        [name.strip() for name in formats.split(",") if name.strip()],
+        parts=PARTS if part is None else cast(list[Part], part),
+        goal=AccuracyGoal(higher_is_better=not lower_is_better, metric=metric),
+        calib_samples=calib_samples,
+    )
+    _out.print(result.summary(), markup=False)
+    if out is not None:
+        _write_sweep(result, out)
+
+
+@app.command()
 def show(
     directory: Annotated[Path, typer.Argument(help="What QuantizedModel.save() wrote.")],
     trials: Annotated[bool, typer.Option(help="Show the trials, too.")] = False,
@@ -188,6 +236,30 @@ def _parts(value: Any) -> tuple[Any, Any, Any]:
             "(model, calib_dataloader, eval_func)"
         )
     return value
+
+
+def _task(target: str | None, recipe: str) -> tuple[Any, Any, Any]:
+    """Return model, data and eval_func of the user's function, or of a recipe."""
+    if target is not None:
+        return _parts(_function(target)())
+    _out.print(f"[bold]Recipe {recipe}[/]: training, or loading the weights of the last time …")
+    task = recipes.get(recipe).task()
+    _out.print(task.description)
+    return task.model, task.calib_dataloader, task.eval_func
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{out} cannot be made: {error.strerror or error}") from error
+
+
+def _write_sweep(result: SweepResult, out: Path) -> None:
+    text = json.dumps(result.to_dict(), indent=2, allow_nan=False)
+    write_whole("the result", out / "sweep.json", text)
+    write_whole("the table", out / "sweep.csv", result.to_dataframe().to_csv(index=False))
+    _out.print(f"Saved to {out}: sweep.json, sweep.csv; plot: {result.plot(out / 'sweep.svg')}")
 
 
 def _show(result: TuningResult) -> None:

@@ -1,14 +1,21 @@
 """The command line, run as a user runs it."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+import torch
+from torch import nn
 
-from tuner.cli import parse_goal
+from tuner import recipes
+from tuner.cli import parse_goal, sweep
 from tuner.errors import TunerError
+from tuner.sweep import SweepResult
 
 _TASK = """
 import torch
@@ -71,6 +78,43 @@ def test_a_missed_goal_shows_in_the_exit_code(folder: Path) -> None:
     assert "missed" in done.stdout
 
 
+def test_sweep_prints_a_table_and_writes_it_down(folder: Path) -> None:
+    formats = ("--formats", "int8, mxfp4,int2", "--part", "weights", "--part", "both")
+    done = tuner(folder, "sweep", "mytask:task", *formats, "--out", "out/swept")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0] == ["format", "bits", "weights", "both"]
+    assert [line[:2] for line in lines[1:5]] == [
+        ["FP32", "32"],
+        ["int8", "8"],
+        ["mxfp4", "4"],
+        ["int2", "2"],
+    ]
+    result = SweepResult.from_dict(json.loads((folder / "out/swept/sweep.json").read_text()))
+    assert [row.part for row in result.rows] == ["weights", "both"] * 3
+    table = pd.read_csv(folder / "out/swept/sweep.csv")
+    assert table["accuracy"].tolist() == [row.accuracy for row in result.rows]
+    assert (folder / "out/swept/sweep.svg").read_text().startswith("<svg")
+
+
+def test_sweep_without_a_function_takes_a_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = SimpleNamespace(
+        description="a small task",
+        model=nn.Linear(4, 2),
+        calib_dataloader=[torch.ones(2, 4)],
+        eval_func=lambda model: 1.0,
+    )
+    monkeypatch.setattr(recipes, "get", lambda name: SimpleNamespace(task=lambda: task))
+    sweep(formats="int8")
+    shown = capsys.readouterr().out
+    assert "digits-resnet" in shown
+    assert "a small task" in shown
+    assert "int8    8     1 (+0.0 %)  1 (+0.0 %)  1 (+0.0 %)" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -86,6 +130,12 @@ def test_a_missed_goal_shows_in_the_exit_code(folder: Path) -> None:
         (["fit", "mytask:task", "--timeout", "0"], "leaves no time"),
         (["fit", "mytask:task", "--storage", "mysql://x"], "not known"),
         (["show", "nothing"], "QuantizedModel.save"),
+        (["sweep", "mytask:wrong"], "returned a Sequential"),
+        (["sweep", "mytask:task", "--formats", "int8,int88"], "unknown format 'int88'"),
+        (["sweep", "mytask:task", "--formats", ","], "formats is empty"),
+        (["sweep", "mytask:task", "--part", "weight"], "'weights', 'inputs', 'both'"),
+        (["sweep", "--recipe", "digit-resnet"], "Did you mean digits-resnet"),
+        (["sweep", "mytask:task", "--formats", "int8", "--out", "mytask.py"], "cannot be made"),
     ],
 )
 def test_mistakes_are_said_without_a_traceback(
