@@ -74,7 +74,7 @@ class SweepResult:
         return next((r for r in self.rows if (r.format, r.part) == (name, part)), None)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return one row per evaluation, the FP32 model first."""
+        """Return one row per evaluation; FP32's, the `baseline`, is not among them."""
         names = ("format", "bits", "part", "accuracy", "drop", "meets_goal", "duration_s")
         columns: dict[str, list[Any]] = {n: [getattr(r, n) for r in self.rows] for n in names}
         columns["error"] = [row.reason for row in self.rows]
@@ -145,7 +145,8 @@ def sweep(
             per tensor and affine, from MSE), other scaled formats with weights per channel and
             inputs per tensor from minmax, block formats as they are.
         parts: any of "weights", "inputs" (all activations) and "both".
-        goal: which metric counts, which direction is better, and what drop is allowed.
+        goal: which metric counts, which direction is better, and what drop is allowed (1 % of
+            FP32 by default).
         forward: `forward(model, batch)` calls the model on a batch, where the default cannot.
         calib_samples: how many samples to read at most.
         progress: a live display; None shows it on a terminal only.
