@@ -71,6 +71,29 @@ def test_ragged_groups(size: int, scales: int) -> None:
     assert saved == 40 * 4 - (20 + 5 * scales * 4)
 
 
+@pytest.mark.parametrize(
+    ("weight", "inputs", "product", "codes", "scales", "parameters"),
+    [
+        ("e4m3fn", "e5m2", 64, 40, 4, 4),  # an input scale, no zero point
+        ("mxfp4", "mxfp8_e4m3", 32, 20, 5, 0),
+        ("nvfp4", "nvfp4", 16, 20, 5 + 4, 0),
+        ("nf4", None, 4 * 32, 20, 5 * 4, 0),
+        ("abfp6", None, 6 * 32, 30, 5 * 2, 0),
+        ("fp16", "bf16", 256, 80, 0, 0),
+        ("mxfp6_e2m3", "uint8", 48, 30, 5, 8),
+    ],
+)
+def test_formats_cost_the_bits_of_their_elements_and_their_scales(
+    weight: str, inputs: str | None, product: int, codes: int, scales: int, parameters: int
+) -> None:
+    model = cost_model(seeded(ConvNet))
+    scheme = None if inputs is None else (TensorScheme(format=inputs),)
+    config = OpConfig(weight=TensorScheme(format=weight), inputs=scheme)
+    before, after = model.costs({}), model.costs({"head": config})
+    assert before.bops - after.bops == 40 * (32 * 32 - product)
+    assert before.size_bytes - after.size_bytes == 40 * 4 - (codes + scales + parameters)
+
+
 def test_uncovered_macs_count_as_float() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -21,6 +21,7 @@ from tuner.granularity import PerChannel, PerGroup, PerTensor
 from tuner.preparation import Preparation, Prepared
 from tuner.progress import Progress
 from tuner.schemes import OpConfig, TensorScheme
+from tuner.search_space import calibration_variants
 
 W4 = TensorScheme(format="int4", granularity=PerChannel(0))
 A8 = TensorScheme(format="uint8", symmetric=False)
@@ -260,6 +261,25 @@ def test_recovery_is_refused() -> None:
     rule = Rule(options=[OpConfig(weight=W4, recovery=("smooth_quant",))])
     with pytest.raises(UnsupportedError, match="recovery"):
         prepared(seeded(ConvNet), SearchSpace(rules=[rule]))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "methods"),
+    [
+        (TensorScheme(format="e5m2"), ["minmax", "mse", "percentile"]),
+        (TensorScheme(format="uint8", calibration="mse"), ["mse", "minmax", "percentile"]),
+        (TensorScheme(format="e5m2", calibration="ema"), ["ema"]),
+        (TensorScheme(format="e5m2", dynamic=True), ["minmax"]),
+        (TensorScheme(format="mxfp4"), ["minmax"]),
+        (TensorScheme(format="fp16"), ["minmax"]),
+    ],
+)
+def test_calibration_methods_that_are_tried(scheme: TensorScheme, methods: list[str]) -> None:
+    variants = calibration_variants(scheme)
+    assert [variant.calibration for variant in variants] == methods
+    assert {v.model_copy(update={"calibration": "minmax"}) for v in variants} == {
+        scheme.model_copy(update={"calibration": "minmax"})
+    }
 
 
 def test_nothing_to_quantize() -> None:
