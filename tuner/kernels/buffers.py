@@ -1,5 +1,6 @@
 """Output buffers that are used again: fresh pages cost several times what writing to them costs."""
 
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 _SMALLEST_BYTES = 4 << 20  # below, malloc itself keeps the pages
 _MOST_BYTES = 256 << 20
+_OWN_REFERENCES = 2  # the pool's list, and the argument of getrefcount itself
 
 
 class BufferPool:
@@ -19,18 +21,29 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def empty_like(self, x: Tensor) -> Tensor:
-        """Return an uninitialised tensor of the shape, dtype and memory format of a CPU tensor."""
+        """Return an uninitialised tensor of the shape, dtype and memory format of a tensor."""
         nbytes = x.nbytes
+        if torch.compiler.is_compiling() or not x.is_cpu:
+            return torch.empty_like(x)
         if not _SMALLEST_BYTES <= nbytes <= self._most_bytes:
             return torch.empty_like(x)
         with self._lock:
-            for position, storage in enumerate(self._storages):
-                if storage.nbytes() == nbytes and _is_free(storage):
-                    self._storages.append(self._storages.pop(position))
+            for position in range(len(self._storages)):
+                if self._is_free(position, nbytes):
+                    storage = self._storages.pop(position)
+                    self._storages.append(storage)
                     return _over(storage, x)
             fresh = torch.empty_like(x)
             self._keep(fresh.untyped_storage())
             return fresh
+
+    def _is_free(self, position: int, nbytes: int) -> bool:
+        """Whether only the pool holds a storage; one that other processes may see is never free."""
+        if sys.getrefcount(self._storages[position]) > _OWN_REFERENCES:
+            return False  # somebody asked a tensor for its storage, and keeps that
+        storage = self._storages[position]
+        alone = torch._C._storage_Use_Count(storage._cdata) == 1
+        return alone and storage.nbytes() == nbytes and not storage.is_shared()
 
     def _keep(self, storage: torch.UntypedStorage) -> None:
         """Add a storage, and let go of those longest unused while there are too many bytes."""
@@ -39,15 +52,12 @@ class BufferPool:
             del self._storages[0]
 
 
-def _is_free(storage: torch.UntypedStorage) -> bool:
-    """Whether only the pool holds a storage; one that other processes may see is never free."""
-    return torch._C._storage_Use_Count(storage._cdata) == 1 and not storage.is_shared()
-
-
 def _over(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
     shape: Sequence[int] = like.shape
     strides = torch.empty_like(like, device="meta").stride()
-    return torch.empty(0, dtype=like.dtype).set_(storage, 0, tuple(shape), strides)
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(
+        storage, 0, tuple(shape), strides
+    )
 
 
 POOL = BufferPool()

@@ -106,7 +106,7 @@ class FloatCodec:
         return self.layout.mantissa_bits
 
     def round_(self, steps: Tensor, low: Bound, high: Bound) -> Tensor:
-        """Round in place to numbers of the layout; the bounds are the layout's own."""
+        """Round to numbers of the layout; the bounds are the layout's own."""
         if self._mantissa >= _FP32_MANTISSA:
             return steps.clamp_(-self.layout.largest, self.layout.largest)
         if self._can_cast(steps):
@@ -120,9 +120,9 @@ class FloatCodec:
         if not self.layout.saturating:
             rounded.masked_fill_(rounded > self.layout.largest, self.layout.overflow)
         if not self.layout.subnormals:
-            self._flush(magnitude, rounded)
-        torch.copysign(rounded, steps, out=steps)
-        return steps if self.layout.has_negative_zero else steps.add_(0.0)  # −0 + 0 = 0
+            rounded = self._flushed(magnitude, rounded)
+        rounded.copysign_(steps)  # with out=, vmap could not follow
+        return rounded if self.layout.has_negative_zero else rounded.add_(0.0)  # −0 + 0 = 0
 
     def _by_sum(self, magnitude: Tensor) -> Tensor:
         power = magnitude.view(torch.int32).bitwise_and(_EXPONENT_MASK).view(torch.float32)
@@ -154,11 +154,11 @@ class FloatCodec:
             rounded = torch.where(steps == 1.5, torch.where(odd, 2.0, 1.0).double(), rounded)
         return rounded * unit
 
-    def _flush(self, magnitude: Tensor, rounded: Tensor) -> None:
+    def _flushed(self, magnitude: Tensor, rounded: Tensor) -> Tensor:
         """Round what lies below the smallest normal number to it or to 0; a tie goes to 0."""
         normal = self.layout.smallest_normal
         kept = torch.where(magnitude > normal / 2, normal, 0.0).to(rounded.dtype)
-        torch.where(magnitude < normal, kept, rounded, out=rounded)
+        return torch.where(magnitude < normal, kept, rounded)
 
     def encode(self, values: Tensor) -> Tensor:
         """Return codes with the sign on top, as the format's definition orders the bits."""

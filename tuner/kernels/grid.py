@@ -74,7 +74,7 @@ def _snap_in_torch(x: Tensor, grid: Grid) -> Tensor:
     if x.dtype not in _HALVES and _is_small(x):
         steps, low, high = _steps(x, grid)
         return grid.codec.round_(steps, low, high).mul(_fit(grid.scale, x, grid)).reshape(x.shape)
-    out = POOL.empty_like(x) if x.is_cpu and not torch.compiler.is_compiling() else torch.empty_like(x)
+    out = POOL.empty_like(x)
     if out.stride() != x.stride():  # x has gaps or overlaps: go on from a dense copy
         x = out.copy_(x)
     for source, target, scale, low, high, inverse in _chunks(x, out, grid):

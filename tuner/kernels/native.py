@@ -86,6 +86,13 @@ def takes(x: Tensor) -> bool:
     )
 
 
+def _is_plain(gradient: Tensor) -> bool:
+    """Whether a gradient has memory to read, and nobody wants the gradient of it."""
+    if torch._C._functorch.is_legacy_batchedtensor(gradient):
+        return False  # of torch.autograd.grad(is_grads_batched=True)
+    return takes(gradient) and not (gradient.requires_grad and torch.is_grad_enabled())
+
+
 class NativeGrid:
     """A grid as the native functions take it; see `tuner.kernels.grid.Grid` for its parameters."""
 
@@ -121,7 +128,7 @@ class NativeGrid:
 
     def mask(self, x: Tensor, gradient: Tensor) -> Tensor | None:
         """Return the gradient where `low <= x / scale <= high`, else 0; None if only torch can."""
-        if gradient.dtype != x.dtype or type(gradient) not in _TYPES or not x.is_contiguous():
+        if gradient.dtype != x.dtype or not x.is_contiguous() or not _is_plain(gradient):
             return None
         gradient = gradient.contiguous()
         out = POOL.empty_like(x)

@@ -95,7 +95,8 @@ static inline float mx_scale(uint32_t amax, const mx_t *mx) {
     if (mx->rounding == EVEN) amax += 1u << (22 - mx->mantissa);
     if (mx->rounding == RCEIL) amax = bits_of(float_of(amax) / mx->largest);
     int32_t exponent = (int32_t)(amax >> 23) - 127;
-    if (mx->rounding == CEIL || mx->rounding == RCEIL) exponent += (amax & 0x7fffffu) != 0;
+    const int is_above = amax < 0x00800000u ? amax > 0x00400000u : (amax & 0x7fffffu) != 0;
+    if (mx->rounding == CEIL || mx->rounding == RCEIL) exponent += is_above;
     if (mx->rounding != RCEIL) exponent -= mx->emax;
     exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
     const uint32_t bits = exponent == -127 ? 0x00400000u : (uint32_t)(exponent + 127) << 23;
