@@ -73,11 +73,11 @@ def simulate(
         inputs=as_scheme("inputs", inputs),
         output=as_scheme("outputs", outputs),
     )
+    _check_reading(calib_dataloader, forward, calib_samples)
     wish = Wish(config, _checked_rules(rules))
     with isolated_random_state():
         instrumented = InstrumentedModel(copied(model))
         if calib_dataloader is None:
-            _refuse_without_data(forward, calib_samples)
             instrumented.install(instrumented.module_ops(), _NoRanges())
         else:
             calibrate_for(instrumented, calib_dataloader, wish.operands, forward, calib_samples)
@@ -217,9 +217,11 @@ def _by_rule(ops: Mapping[str, Op], rule: Rule) -> dict[str, OpConfig]:
     return chosen
 
 
-def _refuse_without_data(forward: object, calib_samples: object) -> None:
+def _check_reading(loader: object, forward: object, calib_samples: object) -> None:
+    if forward is not None and not callable(forward):
+        raise TunerError(f"forward is a {type(forward).__name__}: give a function")
     for name, value in (("forward", forward), ("calib_samples", calib_samples)):
-        if value is not None:
+        if loader is None and value is not None:
             raise TunerError(f"{name} says how to read data: give calib_dataloader, too")
 
 

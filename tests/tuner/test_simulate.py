@@ -336,7 +336,16 @@ class SmallCnn(nn.Module):
         return F.relu(self.bn(self.conv(x))).mean((2, 3)) @ self.w
 
 
-@pytest.mark.parametrize("inputs", [A8, "e4m3fn", "bf16"], ids=["affine", "e4m3fn", "bf16"])
+COMPILED = {
+    "affine": A8,
+    "dynamic": TensorScheme(format="int8", dynamic=True),
+    "e4m3fn": "e4m3fn",
+    "mxfp4": "mxfp4",
+    "bf16": "bf16",
+}
+
+
+@pytest.mark.parametrize("inputs", COMPILED.values(), ids=COMPILED.keys())
 @pytest.mark.parametrize("net_type", [mlp, SmallCnn])
 def test_it_compiles_without_a_graph_break(
     net_type: Callable[[], nn.Module], inputs: TensorScheme | str

@@ -56,6 +56,7 @@ REFUSED: dict[str, tuple[type[TunerError], str, dict[str, Any]]] = {
     ),
     "a bias": (UnsupportedError, "bias", {"rules": [option(OpConfig(bias=W8))]}),
     "forward alone": (TunerError, "give calib_dataloader", {"forward": len, "weights": "int8"}),
+    "forward": (TunerError, "forward is a int", {"forward": 3, "weights": "int8"}),
     "no ops": (
         SpaceError,
         "no op takes these.*Without calib_dataloader only modules",
