@@ -108,7 +108,8 @@ class FloatCodec:
     def round_(self, steps: Tensor, low: Bound, high: Bound) -> Tensor:
         """Round to numbers of the layout; the bounds are the layout's own."""
         if self._mantissa >= _FP32_MANTISSA:
-            return steps.clamp_(-self.layout.largest, self.layout.largest)
+            clamped = steps.clamp_(-self.layout.largest, self.layout.largest)
+            return clamped.float().to(steps.dtype)
         if self._can_cast(steps):
             largest = self.layout.largest
             return steps.copy_(steps.clamp_(-largest, largest).to(torch.bfloat16))
