@@ -110,9 +110,11 @@ def check_parts(parts: StoredTensor, scheme: TensorScheme, name: str) -> None:
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert as rounding does: what is finite stays finite in a narrower type."""
+    """Convert as rounding does: what a narrower type cannot hold is its largest number."""
+    if dtype == values.dtype:
+        return values
     most = torch.finfo(dtype).max
-    return torch.where(values.isinf(), values, values.clamp(-most, most)).to(dtype)
+    return values.clamp(-most, most).to(dtype)
 
 
 def _codes(x: Tensor, scheme: TensorScheme, qparams: QParams) -> Tensor:

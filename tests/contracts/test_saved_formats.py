@@ -124,6 +124,15 @@ def test_scales_are_stored_in_their_own_width(
         assert torch.equal(found.nan_to_num(), reference.nan_to_num())
 
 
+@pytest.mark.parametrize("name", ["int8", "fp32", "bf16", "e5m2", "e5m2_overflow"])
+def test_the_ends_of_half_precision(name: str) -> None:
+    """What rounds to more than the type can hold is its largest number, in both ways."""
+    x = torch.tensor([[65504.0, -65504.0, torch.inf, -torch.inf, 1.0]], dtype=torch.float16)
+    scheme = TensorScheme(format=name)
+    found = unpack_tensor(pack_tensor(x, scheme), scheme, tuple(x.shape), x.dtype)
+    assert torch.equal(found, fake_quantize(x, scheme))
+
+
 def _values(kind: str, dtype: torch.dtype) -> Tensor:
     x = torch.randn(6, 70, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if kind == "tiny":
