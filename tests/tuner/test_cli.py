@@ -125,7 +125,6 @@ def test_sweep_without_a_function_takes_a_recipe(
         (["fit", "mytask:wrong"], "returned a Sequential"),
         (["fit", "mytask:task", "--goal", "lots"], "give 1%"),
         (["fit", "mytask:task", "--space", "int9"], "int8"),
-        (["fit", "mytask:task", "--space", "fp8"], "float formats"),
         (["fit", "mytask:task", "--strategy", "autos"], "auto"),
         (["fit", "mytask:task", "--timeout", "0"], "leaves no time"),
         (["fit", "mytask:task", "--storage", "mysql://x"], "not known"),

@@ -529,7 +529,6 @@ def test_another_model_is_not_resumed(net: nn.Module, tmp_path: Path) -> None:
         ({"config": TuningConfig(objective="latency")}, "latency"),
         ({"config": TuningConfig(target="onnxruntime")}, "target"),
         ({"config": TuningConfig(goal=AccuracyGoal(confidence=0.95))}, "confidence"),
-        ({"config": TuningConfig(space="fp8")}, "fp8"),
         ({"config": {"space": "int8"}}, "TuningConfig"),
         ({"eval_func": 3}, "eval_func"),
         ({"forward": 3}, "forward"),
