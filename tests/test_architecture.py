@@ -34,7 +34,8 @@ ORDER = (
     ("blocks", "statistics", "calibrators", "calibrate", "ops", "batches"),
     ("qparams", "quantizer", "weights", "packed_tensor", "biases"),
     ("sites", "graph", "capture", "model", "observe", "data_pass"),
-    ("presets", "sensitivity", "costs", "recovery", "search_space"),
+    ("presets", "sensitivity", "costs", "recovery"),
+    ("op_rules", "search_space"),
     ("report", "exporters", "results", "progress", "storage"),
     ("op_table", "saving", "quantized_model", "preparation", "simulate"),
     ("session", "sweep_entries", "sweep"),
@@ -52,6 +53,8 @@ FORBIDDEN = {
 # file → why it is not split
 LONG_FILES = {
     "tests/tuner/test_qparams.py": "one table of cases, all against the same references",
+    "tests/tuner/test_blocks.py": "one table of block formats, all against the same references",
+    "tests/tuner/test_native.py": "one suite over all that the native kernels promise",
     "tests/tuner/test_quantization.py": "one suite over all that fit() promises",
 }
 

@@ -58,6 +58,7 @@ def block_qparams(x: Tensor, scheme: TensorScheme) -> QParams:
     if mx is not None:
         unit = _MXINT8_UNIT if fmt.kind == "int" else 1.0
         return QParams(_mx_scales(blocks.amax(-1), mx) * unit)
+    blocks = blocks.float()
     amax = torch.where(blocks.isfinite(), blocks, 0.0).amax(-1)
     if fmt.block.scale == "e4m3":
         return _two_levels(amax, fmt, fmt.block.smallest_scale)
@@ -69,8 +70,8 @@ def block_qparams(x: Tensor, scheme: TensorScheme) -> QParams:
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
-    """Return the magnitudes in fp32, `[…, blocks, size]`; the last block is filled up with 0."""
-    magnitudes = x.float().abs()
+    """Return the magnitudes, `[…, blocks, size]`; the last block is filled up with 0."""
+    magnitudes = x.abs() if x.dtype == torch.float64 else x.float().abs()
     missing = -x.shape[-1] % size
     if missing:
         magnitudes = torch.nn.functional.pad(magnitudes, (0, missing))
@@ -82,7 +83,7 @@ def _mx_scales(amax: Tensor, mx: MxScale) -> Tensor:
     finite = amax.isfinite()
     if mx.rounding == "rceil":
         amax = amax / mx.largest
-    bits = amax.view(torch.int32)
+    bits = _bits(amax)
     if mx.rounding == "even":
         bits = bits + (1 << (22 - mx.mantissa))
     exponent = (bits >> 23) - 127
@@ -91,8 +92,17 @@ def _mx_scales(amax: Tensor, mx: MxScale) -> Tensor:
         exponent = exponent + (((bits & 0x7FFFFF) != 0) & (bits > _E8M0_SMALLEST))
     if mx.rounding != "rceil":
         exponent = exponent - mx.emax
-    scale = torch.ldexp(torch.ones_like(amax), exponent.clamp(-127, 127))
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-127, 127))
     return torch.where(finite, scale, math.nan)
+
+
+def _bits(amax: Tensor) -> Tensor:
+    """Return the bits in fp32; of doubles cut off, the last bit standing for all that was lost."""
+    if amax.dtype != torch.float64:
+        return amax.view(torch.int32)
+    near = amax.float()
+    below = torch.where(near.double() > amax, torch.nextafter(near, torch.zeros_like(near)), near)
+    return below.view(torch.int32) | (below.double() != amax).int()
 
 
 def _two_levels(amax: Tensor, fmt: formats.Format, smallest: float) -> QParams:

@@ -110,11 +110,11 @@ def check_parts(parts: StoredTensor, scheme: TensorScheme, name: str) -> None:
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert as rounding does: what a narrower type cannot hold is its largest number."""
+    """Convert as rounding does: what a narrower type cannot hold is its largest number, not inf."""
     if dtype == values.dtype:
         return values
     most = torch.finfo(dtype).max
-    return values.clamp(-most, most).to(dtype)
+    return torch.where(values.isinf(), values, values.clamp(-most, most)).to(dtype)
 
 
 def _codes(x: Tensor, scheme: TensorScheme, qparams: QParams) -> Tensor:

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from strategies.space import Assignment, Option, Space, Unit
 from tuner import formats
-from tuner.biases import bias_problem
 from tuner.config import Rule, SearchSpace
 from tuner.costs import CostModel
-from tuner.errors import PlanError, SpaceError, UnknownNameError, UnsupportedError
+from tuner.errors import PlanError, SpaceError
+from tuner.op_rules import fitted, matching_ops
 from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.presets import INPUT_CALIBRATIONS, Candidate, preset_candidates
@@ -87,7 +86,7 @@ def candidates_of(
         if candidates := preset_candidates(space.preset, op, shapes):
             found[name] = [*candidates, FLOAT]
     for rule in space.rules:
-        for op in _matched(ops, rule):
+        for op in matching_ops(ops, rule):
             found[op.name] = _rule_candidates(op, rule, shapes)
     if not found:
         raise SpaceError(
@@ -98,33 +97,8 @@ def candidates_of(
     return {name: found[name] for name in ops if name in found}
 
 
-def _matched(ops: Mapping[str, Op], rule: Rule) -> list[Op]:
-    types = {op.type for op in ops.values()}
-    for op_type in rule.op_types or ():
-        if op_type not in types:
-            raise SpaceError(str(UnknownNameError("op type in a rule", op_type, types)))
-    for glob in rule.names or ():
-        if not any(fnmatchcase(name, glob) for name in ops):
-            raise SpaceError(str(UnknownNameError("op name in a rule", glob, ops)))
-    matched = [op for op in ops.values() if _matches(op, rule)]
-    if not matched:
-        raise SpaceError(
-            f"a rule matches nothing: op_types {rule.op_types} and names {rule.names} have no op "
-            "in common"
-        )
-    return matched
-
-
-def _matches(op: Op, rule: Rule) -> bool:
-    """Return whether a rule speaks of an op; ops outside presets must be named, not globbed."""
-    by_type = rule.op_types is None or op.type in rule.op_types
-    by_name = rule.names is None or any(fnmatchcase(op.name, glob) for glob in rule.names)
-    named = op.by_default or rule.op_types is not None or op.name in (rule.names or ())
-    return by_type and by_name and named
-
-
 def _rule_candidates(op: Op, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> list[Candidate]:
-    configs = dict.fromkeys(_fitted(op, config, shapes) for config in rule.options)
+    configs = dict.fromkeys(_changing(op, config, shapes) for config in rule.options)
     labels: dict[str, int] = {}
     candidates = []
     for config in configs:
@@ -135,34 +109,16 @@ def _rule_candidates(op: Op, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) 
     return sorted(candidates, key=lambda c: c.config.is_float)
 
 
-def _fitted(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -> OpConfig:
-    """Return a rule's option as it applies to one op: a scheme for each operand that it has."""
-    if config.recovery:
-        raise UnsupportedError(
-            f"{op.name}: OpConfig(recovery=…) is not supported by this version: leave it out"
-        )
-    count = op.operand_count
-    if isinstance(config.inputs, tuple) and len(config.inputs) > count:
-        raise SpaceError(
-            f"{op.name} ({op.type}) has {count} input operands, but the rule's option gives "
-            f"{len(config.inputs)}"
-        )
-    inputs = tuple(config.input_scheme(i) if i in op.activations else None for i in range(count))
-    fitted = OpConfig(
-        weight=config.weight if op.weights else None,
-        inputs=inputs if any(inputs) else None,
-        output=config.output,
-        bias=config.bias,
-    )
-    if (problem := bias_problem(op, fitted, shapes)) is not None:
-        raise SpaceError(problem)
-    if fitted.is_float and not config.is_float:
+def _changing(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -> OpConfig:
+    """Return a rule's option as it applies to one op; it must quantize something."""
+    found = fitted(op, config, shapes)
+    if found.is_float and not config.is_float:
         raise SpaceError(
             f"{op.name} ({op.type}) has {'no weight' if not op.weights else 'no such input'}: "
             f"the rule's option {describe_config(config)} would change nothing. Restrict the rule "
             "with op_types or names"
         )
-    return fitted
+    return found
 
 
 def components_wanted(

@@ -7,24 +7,23 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from tuner import formats
-from tuner.config import Rule, SearchSpace
+from tuner.config import Rule
 from tuner.data_pass import DataPass, Wanted
-from tuner.errors import DataError, SpaceError, TunerError, UnsupportedError
+from tuner.errors import DataError, SpaceError, TunerError
 from tuner.isolation import copied, isolated_random_state
 from tuner.model import OUTPUT, InstrumentedModel
 from tuner.observe import Operands
+from tuner.op_rules import Shapes, fitted, matching_ops
 from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.ranges import QParams
 from tuner.records import describe_config
 from tuner.schemes import OpConfig, TensorScheme
-from tuner.search_space import candidates_of
 
 _log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 SchemeOrName = TensorScheme | str
-_ONLY_FLOAT = (OpConfig.float(),)
 
 
 def simulate(
@@ -74,7 +73,8 @@ def simulate(
         output=as_scheme("outputs", outputs),
     )
     _check_reading(calib_dataloader, forward, calib_samples)
-    wish = Wish(config, _checked_rules(rules))
+    shapes = parameter_shapes(model) if isinstance(model, nn.Module) else {}
+    wish = Wish(config, shapes, _checked_rules(rules))
     with isolated_random_state():
         instrumented = InstrumentedModel(copied(model))
         if calib_dataloader is None:
@@ -92,15 +92,16 @@ def simulate(
 class Wish:
     """What the user wants: one configuration for all ops, and rules for some."""
 
-    def __init__(self, config: OpConfig, rules: tuple[Rule, ...] = ()) -> None:
+    def __init__(self, config: OpConfig, shapes: Shapes, rules: tuple[Rule, ...] = ()) -> None:
         self.config = config
+        self.shapes = shapes
         self.rules = rules
 
     def plan(self, ops: Mapping[str, Op]) -> Plan:
         """Return the plan for these ops; raises SpaceError for a rule that matches nothing."""
         chosen = {name: self._default(op) for name, op in ops.items() if op.by_default}
         for rule in self.rules:
-            chosen.update(_by_rule(ops, rule))
+            chosen.update(_by_rule(ops, rule, self.shapes))
         return Plan(chosen)
 
     def operands(self, ops: Mapping[str, Op]) -> Operands:
@@ -110,29 +111,8 @@ class Wish:
     def _default(self, op: Op) -> OpConfig:
         """Return the configuration of an op that no rule names: of embeddings, the weight only."""
         if op.activations:
-            return fitted(op, self.config)
-        return fitted(op, OpConfig(weight=self.config.weight))
-
-
-def fitted(op: Op, config: OpConfig) -> OpConfig:
-    """Return what a configuration means for one op: a scheme for each tensor that it has."""
-    if config.recovery or config.bias is not None:
-        raise UnsupportedError(
-            f"{op.name}: OpConfig(recovery=…) and OpConfig(bias=…) are not supported by this "
-            "version: leave them out"
-        )
-    if isinstance(config.inputs, tuple) and len(config.inputs) > op.operand_count:
-        raise SpaceError(
-            f"{op.name} ({op.type}) has {op.operand_count} input operands, but "
-            f"{len(config.inputs)} schemes are given: give one for all, or one each"
-        )
-    operands = range(op.operand_count)
-    inputs = tuple(config.input_scheme(i) if i in op.activations else None for i in operands)
-    return OpConfig(
-        weight=config.weight if op.weights else None,
-        inputs=inputs if any(inputs) else None,
-        output=config.output,
-    )
+            return fitted(op, self.config, self.shapes)
+        return fitted(op, OpConfig(weight=self.config.weight), self.shapes)
 
 
 def calibrate_for(
@@ -153,6 +133,11 @@ def calibrate_for(
             len(data.graph.unreached),
             ", ".join(data.graph.unreached),
         )
+
+
+def parameter_shapes(model: nn.Module) -> Shapes:
+    """Return the shape of every parameter, by name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def static_operands(config: OpConfig) -> tuple[int, ...]:
@@ -202,17 +187,14 @@ def _checked_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     return rules
 
 
-def _by_rule(ops: Mapping[str, Op], rule: Rule) -> dict[str, OpConfig]:
+def _by_rule(ops: Mapping[str, Op], rule: Rule, shapes: Shapes) -> dict[str, OpConfig]:
     """Return what a rule says of the ops that it matches."""
     (config,) = rule.options
-    probe = rule.model_copy(update={"options": _ONLY_FLOAT})  # matches the same, and fits every op
-    found = candidates_of(ops, SearchSpace(rules=[probe]), {})
-    matched = [name for name, candidates in found.items() if candidates[0].given]
-    chosen = {name: fitted(ops[name], config) for name in matched}
+    chosen = {op.name: fitted(op, config, shapes) for op in matching_ops(ops, rule)}
     if not config.is_float and all(c.is_float for c in chosen.values()):
         raise SpaceError(
-            f"a rule changes nothing: {', '.join(matched[:4])} have no weight or input of the kind "
-            f"that its option speaks of ({describe_config(config)})"
+            f"a rule changes nothing: {', '.join(list(chosen)[:4])} have no weight or input of the "
+            f"kind that its option speaks of ({describe_config(config)})"
         )
     return chosen
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from tuner import formats
 from tuner.errors import TunerError
 from tuner.granularity import PerChannel
+from tuner.op_rules import fitted
 from tuner.ops import Op
 from tuner.schemes import OpConfig, TensorScheme
-from tuner.simulate import fitted
 
 Part = Literal["weights", "inputs", "both"]
 PARTS: tuple[Part, ...] = ("weights", "inputs", "both")
@@ -45,7 +45,7 @@ class Entry:
     def on(self, op: Op, part: Part) -> OpConfig:
         """Return what a part means for one op; of embeddings, the weight only."""
         config = _part(self.config(op.weights[0].axis if op.weights else 0), part)
-        return fitted(op, config if op.activations else OpConfig(weight=config.weight))
+        return fitted(op, config if op.activations else OpConfig(weight=config.weight), {})
 
 
 def read_entries(given: Any) -> tuple[Entry, ...]:

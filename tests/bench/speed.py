@@ -13,8 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import machine
 import tables
 from models import MODELS
+from torch import nn
 
-from tuner import OpConfig, TuningConfig
+from tuner import OpConfig, PerChannel, TensorScheme, TuningConfig, formats, quantization
 from tuner.isolation import copied
 from tuner.preparation import Preparation, Prepared
 from tuner.progress import Progress
@@ -22,14 +23,17 @@ from tuner.recipes import Task
 
 _SPACE = "mixed-int"
 _INT8, _OTHER = "W8A8", "W4A6"
+FORMATS = ("int8", "int4", "e4m3fn", "mxfp4")
 
 
 @dataclass(frozen=True)
 class Speed:
     """Medians of interleaved repeats, in seconds.
 
-    A switch goes from all-int8 to a plan that differs in every op with a weight. `cold_switch_s` is
-    the first one, which quantizes the weights; `switch_s` a later one, which finds them cached.
+    `float_s` and `int8_s` are evaluations of the plain model and of a plan that fit() made;
+    `formats_s` are those of whole-model simulations, by format. A switch goes from all-int8 to a
+    plan that differs in every op with a weight: `cold_switch_s` is the first one, which quantizes
+    the weights; `switch_s` a later one, which finds them cached.
     """
 
     model: str
@@ -38,6 +42,7 @@ class Speed:
     int8_s: float
     cold_switch_s: float
     switch_s: float
+    formats_s: dict[str, float]
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,21 +62,42 @@ def measure(name: str, task: Task, repeats: int) -> Speed:
         prepared.model.apply(int8)
         switches.append(_seconds(lambda: prepared.model.apply(other)))
     prepared.model.apply(int8)
-    pairs = [
-        (
-            _seconds(lambda: task.eval_func(task.model)),
-            _seconds(lambda: task.eval_func(prepared.model.model)),
-        )
+    models = {"float": task.model, "plan": prepared.model.model, **_simulations(task)}
+    rounds = [
+        {name: _seconds(lambda m=model: task.eval_func(m)) for name, model in models.items()}
         for _ in range(repeats + 1)
     ][1:]
+    medians = {name: median(seconds[name] for seconds in rounds) for name in models}
     return Speed(
         model=name,
         repeats=repeats,
-        float_s=median(a for a, _ in pairs),
-        int8_s=median(b for _, b in pairs),
+        float_s=medians.pop("float"),
+        int8_s=medians.pop("plan"),
         cold_switch_s=cold_switch_s,
         switch_s=median(switches),
+        formats_s=medians,
         machine=surroundings,
+    )
+
+
+def _simulations(task: Task) -> dict[str, nn.Module]:
+    """Return the model with one format on all weights and inputs; static but for MX."""
+    batches = list(task.calib_dataloader)
+    return {
+        name: quantization.simulate(
+            task.model,
+            inputs=TensorScheme(format=name),
+            weights=_weights(name),
+            calib_dataloader=batches,
+        )
+        for name in FORMATS
+    }
+
+
+def _weights(name: str) -> TensorScheme:
+    block = formats.get(name).block
+    return (
+        TensorScheme(format=name) if block else TensorScheme(format=name, granularity=PerChannel())
     )
 
 

@@ -51,7 +51,11 @@ _TASK_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 _SPEED_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("model", lambda r: r["model"]),
     ("FP32 evaluation, s", lambda r: f"{r['float_s']:.3f}"),
-    ("int8 ÷ FP32", lambda r: f"{r['int8_s'] / r['float_s']:.2f}"),
+    ("int8 plan of fit() ÷ FP32", lambda r: f"{r['int8_s'] / r['float_s']:.2f}"),
+    *(
+        (f"{name} ÷ FP32", lambda r, n=name: _format_ratio(r, n))
+        for name in ("int8", "int4", "e4m3fn", "mxfp4")
+    ),
     ("switch ÷ FP32, first", lambda r: f"{r['cold_switch_s'] / r['float_s']:.1%}"),
     ("switch ÷ FP32, later", lambda r: f"{r['switch_s'] / r['float_s']:.1%}"),
     ("repeats", lambda r: str(r["repeats"])),
@@ -64,7 +68,9 @@ column is one call on 1,024 values. Backward reads two tensors and writes one.
 """
 _SPEED_INTRODUCTION = """\
 Interleaved medians. A switch goes from all-int8 to a plan that differs in every op with a weight;
-the first one quantizes the weights, a later one finds them in the cache.
+the first one quantizes the weights, a later one finds them in the cache. The columns int8 to mxfp4
+are `quantization.simulate` with that format on all weights (per channel) and inputs (static, per
+tensor; MX takes its scales from each tensor).
 """
 _NOTES = """\
 - **BOPs** and **size** are ratios to FP32 of the plan that was returned. BOPs count every MAC of
@@ -100,7 +106,7 @@ def render() -> None:
         _goals(rows),
         _table(_COLUMNS, rows),
         _NOTES,
-        "## Speed of simulated int8\n",
+        "## Speed of simulated evaluations\n",
         _SPEED_INTRODUCTION,
         _table(_SPEED_COLUMNS, speeds),
         "## Kernels\n",
@@ -164,6 +170,11 @@ def _machines(rows: Iterable[Row]) -> str:
     loads = [row["machine"]["load_1min"] for row in rows] or [0.0]
     shared = f"- load average at the start of a run: {min(loads)} to {max(loads)}\n"
     return "".join(f"- {kind}\n" for kind in kinds) + shared
+
+
+def _format_ratio(row: Row, name: str) -> str:
+    seconds = row.get("formats_s", {}).get(name)
+    return "–" if seconds is None else f"{seconds / row['float_s']:.2f}"
 
 
 def _rho(value: float | None) -> str:

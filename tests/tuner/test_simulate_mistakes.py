@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[type[TunerError], str, dict[str, Any]]] = {
         "has 1 input operands, but 2",
         {"rules": [option(OpConfig(inputs=(A8, A8)))]},
     ),
-    "a bias": (UnsupportedError, "bias", {"rules": [option(OpConfig(bias=W8))]}),
+    "a repair": (UnsupportedError, "recovery", {"rules": [option(OpConfig(recovery=("x",)))]}),
     "forward alone": (TunerError, "give calib_dataloader", {"forward": len, "weights": "int8"}),
     "forward": (TunerError, "forward is a int", {"forward": 3, "weights": "int8"}),
     "no ops": (

@@ -10,7 +10,7 @@ from torch import Tensor
 from tuner.errors import DataError
 from tuner.granularity import Granularity
 from tuner.kernels.buffers import POOL
-from tuner.kernels.codecs import Bound, Codec
+from tuner.kernels.codecs import Bound, Codec, FunctionCodec
 from tuner.kernels.layout import block_parameter, block_view
 from tuner.kernels.native import NativeGrid, takes
 
@@ -71,20 +71,28 @@ def snap(x: Tensor, grid: Grid) -> Tensor:
 
 
 def _snap_in_torch(x: Tensor, grid: Grid) -> Tensor:
-    if x.dtype not in _HALVES and _is_small(x):
+    if _is_small(x) or isinstance(grid.codec, FunctionCodec):  # which may look at the whole tensor
         steps, low, high = _steps(x, grid)
-        return grid.codec.round_(steps, low, high).mul(_fit(grid.scale, x, grid)).reshape(x.shape)
+        levels = grid.codec.round_(steps, low, high).mul(_fit(grid.scale, x, grid))
+        return _stored(levels, x.dtype).reshape(x.shape)
     out = POOL.empty_like(x)
     if out.stride() != x.stride():  # x has gaps or overlaps: go on from a dense copy
         x = out.copy_(x)
     for source, target, scale, low, high, inverse in _chunks(x, out, grid):
         if target.dtype in _HALVES:
             levels = _rounded(source.to(torch.float32), grid.codec, scale, low, high, inverse)
-            largest = torch.finfo(target.dtype).max
-            target.copy_(levels.clamp_(-largest, largest))
+            target.copy_(_stored(levels, target.dtype))
         else:
             _rounded(source, grid.codec, scale, low, high, inverse, target)
     return out
+
+
+def _stored(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to half precision: what is too large saturates, inf (of an overflow) stays."""
+    if dtype not in _HALVES:
+        return levels
+    largest = torch.finfo(dtype).max
+    return torch.where(levels.isinf(), levels, levels.clamp(-largest, largest)).to(dtype)
 
 
 def _rounded(

@@ -23,7 +23,7 @@ static inline bf16 to_bf16(float x) {
     uint32_t u = bits_of(x);
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     uint32_t top = (u & 0x80000000u) >> 16 | 0x7f7f; /* the largest finite number, signed */
-    if ((rounded & 0x7fff) >= 0x7f80) rounded = top;
+    if ((rounded & 0x7fff) >= 0x7f80) rounded = (u & 0x7fffffff) == 0x7f800000 ? u >> 16 : top;
     return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
 }
 static inline float same(float x) { return x; }
@@ -31,9 +31,9 @@ static inline float same(float x) { return x; }
 typedef _Float16 fp16;
 static inline float from_fp16(fp16 h) { return (float)h; }
 static inline fp16 to_fp16(float x) {
-    x = x > 65504.0f ? 65504.0f : x;
-    x = x < -65504.0f ? -65504.0f : x;
-    return (fp16)x;
+    float finite = x > 65504.0f ? 65504.0f : x;
+    finite = finite < -65504.0f ? -65504.0f : finite;
+    return (fp16)(fabsf(x) == INFINITY ? x : finite); /* inf is of a format that overflows */
 }
 #endif
 

@@ -19,6 +19,7 @@ from tuner.kernels.layout import Shape, block_parameter, parameter_shape
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _TYPES = (Tensor, nn.Parameter)
+_MOST_LAYOUTS = 64  # that a grid keeps, one for each shape
 _INTEGER, _BY_SUM, _BY_BITS = range(3)
 _ROUNDINGS = ("floor", "ceil", "rceil", "even")
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -102,7 +103,8 @@ class NativeGrid:
         self._granularity = granularity
         self._bounds = scale, low, high
         self._one_scale = not isinstance(scale, Tensor) and not isinstance(low, Tensor)
-        self._codec = _c_codec(codec)
+        is_native = isinstance(codec, IntegerCodec | FloatCodec)
+        self._codec = _c_codec(codec) if is_native else None
         self._codec_address = None if self._codec is None else ctypes.addressof(self._codec)
         self._layouts: dict[object, _Prepared] = {}
 
@@ -150,6 +152,8 @@ class NativeGrid:
             moved = _moved(x, self._granularity)
             if moved is None:
                 return None
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
             prepared = self._layouts[key] = _Prepared(*moved, *self._bounds)
         return prepared
 
