@@ -31,7 +31,9 @@ def test_numerics(name: str, granularity: Granularity, dtype: torch.dtype) -> No
     there = fake_quantize(x.cuda(), scheme)
     assert there.is_cuda
     assert there.dtype == dtype
-    torch.testing.assert_close(there.cpu(), fake_quantize(x, scheme), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        there.cpu(), fake_quantize(x, scheme), rtol=0, atol=0, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("name", ["int8", "e4m3fn", "mxfp4", "nf4"])
