@@ -127,11 +127,13 @@ def measure(mib: int, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
 def _line(
     owner: str, what: str, call: Call, x: Tensor, mib: int, threads: int, repeats: int
 ) -> dict[str, Any]:
+    small = x.flatten()[:_SMALL].view(1, -1)
+    is_small_too = "channel" not in what and "backward" not in what
+    small_s = _small_seconds(call, small) if is_small_too else None
     target = torch.empty_like(x)
     pairs = [
         (_seconds(lambda: target.copy_(x)), _seconds(lambda: call(x))) for _ in range(repeats + 2)
     ][2:]
-    small = x.flatten()[:_SMALL].view(1, -1)
     return {
         "model": "kernels",
         "owner": owner,
@@ -141,14 +143,14 @@ def _line(
         "copy_s": median(copy for copy, _ in pairs),
         "call_s": median(call for _, call in pairs),
         "ratio": median(call / copy for copy, call in pairs),
-        "small_s": None if "channel" in what or "backward" in what else _small_seconds(call, small),
+        "small_s": small_s,
         "machine": machine.describe(),
     }
 
 
 def _small_seconds(call: Call, small: Tensor) -> float:
-    runs = [_seconds(lambda: [call(small) for _ in range(100)]) / 100 for _ in range(7)]
-    return median(runs)
+    """Return the least mean of 50 calls: what they take when nothing else disturbs them."""
+    return min(_seconds(lambda: [call(small) for _ in range(50)]) / 50 for _ in range(20))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -10,8 +10,10 @@ static const int64_t PARALLEL = 1 << 15; /* values below which threads do not pa
 
 #ifdef __GNUC__
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define PREFETCH(ADDRESS) __builtin_prefetch(ADDRESS);
 #else
 #define ALWAYS_INLINE static inline
+#define PREFETCH(ADDRESS)
 #endif
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }

@@ -212,6 +212,8 @@ void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,
         for (int64_t b = 0; b < count; b++) scale[b] = mx_scale(amax[b], mx);                      \
         for (int64_t b = 0; b < count; b++) {                                                      \
             const T *source = x + from[b];                                                         \
+            PREFETCH(source + STRIP * 32) /* while this strip is computed, read the next */        \
+            PREFETCH(source + STRIP * 32 + 16)                                                     \
             if (length[b] == 32) snap_block_##SUFFIX(source, y + from[b], 32, scale[b], &plain);   \
             else snap_block_##SUFFIX(source, y + from[b], length[b], scale[b], &plain);            \
         }                                                                                          \
