@@ -14,7 +14,7 @@ from tuner.kernels.codecs import Bound, Codec, FunctionCodec
 from tuner.kernels.layout import block_parameter, block_view
 from tuner.kernels.native import NativeGrid, takes
 
-_CHUNK = 64 * 1024  # values a thread keeps in its cache
+_CHUNK = 128 * 1024  # values: less, and the calls cost more than the cache saves
 _SLACK = 2.0**-22  # two roundings of fp32
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
