@@ -30,7 +30,7 @@ def test_round_trip(bits: int, signed: bool, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", range(2, 17))
 def test_every_code_round_trips(bits: int, signed: bool) -> None:
     low = -(2 ** (bits - 1)) if signed else 0
     codes = torch.arange(low, low + 2**bits).to(code_dtype(bits, signed))
