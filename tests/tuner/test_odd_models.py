@@ -292,9 +292,9 @@ def test_pickle_copy_and_torch_save(net_type: type[nn.Module]) -> None:
 
 
 def test_refused_rather_than_ignored() -> None:
-    scheme = TensorScheme(backward_format="int8")
-    with pytest.raises(UnsupportedError, match="backward_format"):
-        fit(mlp(), [X], config=weights_only(scheme))
+    rule = Rule(op_types=["Linear"], options=[OpConfig(weight=TensorScheme(), recovery=("x",))])
+    with pytest.raises(UnsupportedError, match="recovery"):
+        fit(mlp(), [X], config=TuningConfig(space=SearchSpace(rules=[rule])))
     config = TuningConfig(goal=AccuracyGoal(metric="top1"))
     with pytest.raises(EvaluationError, match="top1"):
         fit(mlp(), [X], config=config)
