@@ -79,8 +79,8 @@ _NOTES = """\
 - **outside eval_func**: the share of the wall time of `fit` that was not spent in `eval_func`.
 - **minilm** is judged by recall@10. The finer mean reciprocal rank falls from 0.5364 to 0.5307
   under uniform W8A8 (1.07 %), so by that metric uniform int8 just misses a 1 % goal.
-- These runs had one thread each and shared the machine with other work: their seconds are no measure,
-  their evaluations and plans are.
+- These runs had one thread each and shared the machine with other work: their evaluations and plans
+  count, their seconds do not.
 - **ρ of damage**: Spearman's rank correlation of the predicted damage with the measured accuracy
   drop, over the trials of that run.
 """
