@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tuner.histogram import BINS
 from tuner.kernels.build import library
 from tuner.kernels.native import SUFFIX, takes
 
-_BINS = 4096
 _PIECE = 1 << 18  # values; tensors are cut by their size alone, so that sums are repeatable
 _MOST_PIECES = 16
 _MOST_VALUES = 2**32 - 1
@@ -44,7 +44,7 @@ def native_summary(values: Tensor) -> tuple[RawSummary, NDArray[np.int64]] | Non
         return None
     pieces = min(max(values.numel() // _PIECE, 1), _MOST_PIECES)
     states = np.zeros(pieces * _state_bytes(), dtype=np.uint8)
-    counts = np.zeros(_BINS, dtype=np.int64)
+    counts = np.zeros(BINS, dtype=np.int64)
     summary = RawSummary()
     _function(values.dtype)(
         values.data_ptr(),
