@@ -487,6 +487,18 @@ class TestGradient:
         assert inside.any()
         assert not inside.all()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=repr)
+    def test_infinity_is_outside_even_where_the_range_leaves_fp32(
+        self, granularity: Granularity, dtype: torch.dtype
+    ) -> None:
+        x = torch.tensor([[1e38, torch.inf, -torch.inf, torch.nan]], dtype=dtype).requires_grad_()
+        scale = torch.tensor([2e37])  # 127 · 2e37 > 3.4e38
+        qparams = QParams(scale if granularity == PerChannel(0) else 2e37)
+        fake_quantize(x, TensorScheme(granularity=granularity), qparams).sum().backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == [[1, 0, 0, 0]]
+
     def test_half_precision_keeps_its_dtype(self) -> None:
         x = values(10).bfloat16().requires_grad_()
         fake_quantize(x, TensorScheme()).sum().backward()

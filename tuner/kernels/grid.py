@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,39 @@ class Grid:
     @cached_property
     def native(self) -> NativeGrid:
         """The grid as the native kernels take it."""
-        return NativeGrid(self.granularity, self.scale, self.low, self.high, self.codec)
+        bounds = self.scale, self.low, self.high
+        return NativeGrid(self.granularity, bounds, self.codec)
+
+    @cached_property
+    def inside(self) -> tuple[Bound, Bound]:
+        """The ends that `inside` gives for x in fp32 or half precision."""
+        return inside(self, torch.float32)
+
+
+def inside(grid: Grid, dtype: torch.dtype) -> tuple[Bound, Bound]:
+    """Return the least and the largest x with a gradient: `low · scale` and `high · scale`.
+
+    The largest value of a tensor must count as inside although `amax / (amax / high)` may come out
+    one rounding above `high`: the bounds allow for two roundings of fp32. ±inf is outside.
+    """
+    low, high = (_double(end) for end in (grid.low, grid.high))
+    low, high = low - abs(low) * _SLACK, high + abs(high) * _SLACK
+    if grid.inverse is None:
+        scale = _double(grid.scale)
+        return _finite(low * scale, dtype), _finite(high * scale, dtype)
+    inverse = _double(grid.inverse)
+    return _finite(low / inverse, dtype), _finite(high / inverse, dtype)
+
+
+def _double(value: Bound) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _finite(end: Bound, dtype: torch.dtype) -> Bound:
+    largest = torch.finfo(dtype).max
+    if isinstance(end, Tensor):
+        return end.clamp(-largest, largest).to(dtype)
+    return max(-largest, min(end, largest))
 
 
 def check_floats(x: object, purpose: str) -> None:
@@ -115,22 +148,16 @@ def clamped_steps(x: Tensor, grid: Grid) -> Tensor:
 
 
 def masked_gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
-    """Return the gradient where `low <= x / scale <= high`, and 0 elsewhere.
-
-    The largest value of a tensor must count as inside although `amax / (amax / high)` may come out
-    one rounding above `high`: the comparison allows for two roundings of fp32.
-    """
-    if grid.inverse is None and takes(x):
-        masked = grid.native.mask(x, gradient)
+    """Return the gradient where `low <= x / scale <= high`, and 0 elsewhere."""
+    if takes(x):
+        masked = grid.native.mask(x, gradient, grid.inside)
         if masked is not None:
             return masked
-    steps, low, high = _steps(x, grid)
-    inside = (steps >= _beyond(low, -_SLACK)) & (steps <= _beyond(high, _SLACK))
-    return torch.where(inside.reshape(x.shape), gradient, 0.0)
-
-
-def _beyond(bound: Bound, by: float) -> Bound:
-    return bound + (bound.abs() if isinstance(bound, Tensor) else abs(bound)) * by
+    dtype = compute_dtype(x.dtype)
+    low, high = (_fit(end, x, grid) for end in inside(grid, dtype))
+    view = block_view(x, grid.granularity).to(dtype)
+    passes = (view >= low) & (view <= high)
+    return torch.where(passes.reshape(x.shape), gradient, 0.0)
 
 
 def _steps(x: Tensor, grid: Grid) -> tuple[Tensor, Bound, Bound]:

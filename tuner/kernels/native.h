@@ -10,10 +10,10 @@ static const int64_t PARALLEL = 1 << 15; /* values below which threads do not pa
 
 #ifdef __GNUC__
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
-#define PREFETCH(ADDRESS) __builtin_prefetch(ADDRESS);
+#define PREFETCH(ADDRESS, WRITE) __builtin_prefetch(ADDRESS, WRITE);
 #else
 #define ALWAYS_INLINE static inline
-#define PREFETCH(ADDRESS)
+#define PREFETCH(ADDRESS, WRITE)
 #endif
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
@@ -29,6 +29,9 @@ static inline bf16 to_bf16(float x) {
     return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
 }
 static inline float same(float x) { return x; }
+/* x, or 0: of the bits, because a load that depends on a condition is several times slower. */
+static inline float kept(float x, int is_kept) { return float_of(bits_of(x) & -(uint32_t)is_kept); }
+static inline bf16 kept_bf16(bf16 x, int is_kept) { return x & (bf16)-is_kept; }
 #ifdef __FLT16_MAX__
 typedef _Float16 fp16;
 static inline float from_fp16(fp16 h) { return (float)h; }
@@ -36,6 +39,13 @@ static inline fp16 to_fp16(float x) {
     float finite = x > 65504.0f ? 65504.0f : x;
     finite = finite < -65504.0f ? -65504.0f : finite;
     return (fp16)(fabsf(x) == INFINITY ? x : finite); /* inf is of a format that overflows */
+}
+static inline fp16 kept_fp16(fp16 x, int is_kept) {
+    uint16_t u;
+    memcpy(&u, &x, 2);
+    u = kept_bf16(u, is_kept);
+    memcpy(&x, &u, 2);
+    return x;
 }
 #endif
 

@@ -26,7 +26,7 @@ _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "snap_tensor": (_POINTER, _POINTER, _INT64, _FLOAT, _FLOAT, _FLOAT, _POINTER),
     "snap_layout": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
-    "mask_tensor": (_POINTER, _POINTER, _POINTER, _INT64, _FLOAT, _FLOAT, _FLOAT),
+    "mask_tensor": (_POINTER, _POINTER, _POINTER, _INT64, _FLOAT, _FLOAT),
     "mask_layout": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
     "snap_mx": (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER),
 }
@@ -95,18 +95,22 @@ def _is_plain(gradient: Tensor) -> bool:
 
 
 class NativeGrid:
-    """A grid as the native functions take it; see `tuner.kernels.grid.Grid` for its parameters."""
+    """A grid as the native functions take it: `bounds` are scale, low and high.
+
+    See `tuner.kernels.grid.Grid` for what they mean.
+    """
 
     def __init__(
-        self, granularity: Granularity, scale: Bound, low: Bound, high: Bound, codec: Codec
+        self, granularity: Granularity, bounds: tuple[Bound, Bound, Bound], codec: Codec
     ) -> None:
         self._granularity = granularity
-        self._bounds = scale, low, high
-        self._one_scale = not isinstance(scale, Tensor) and not isinstance(low, Tensor)
+        self._bounds = bounds
+        self._one_scale = not any(isinstance(bound, Tensor) for bound in bounds)
         is_native = isinstance(codec, IntegerCodec | FloatCodec)
         self._codec = _c_codec(codec) if is_native else None
         self._codec_address = None if self._codec is None else ctypes.addressof(self._codec)
         self._layouts: dict[object, _Prepared] = {}
+        self._mask_layouts: dict[object, _Prepared] = {}
 
     def snap(self, x: Tensor) -> Tensor | None:
         """Return `x` on the grid in its own memory format; None where only torch can do it."""
@@ -120,7 +124,7 @@ class NativeGrid:
             run = _function("snap_tensor", x.dtype)
             run(dense.data_ptr(), out.data_ptr(), x.numel(), *self._bounds, self._codec_address)
             return out
-        prepared = self._prepared(x)
+        prepared = self._prepared(x, self._layouts, self._bounds)
         if prepared is None:
             return None
         out = POOL.empty_like(x)
@@ -128,33 +132,35 @@ class NativeGrid:
         run(x.data_ptr(), out.data_ptr(), *prepared.addresses, self._codec_address)
         return out
 
-    def mask(self, x: Tensor, gradient: Tensor) -> Tensor | None:
-        """Return the gradient where `low <= x / scale <= high`, else 0; None if only torch can."""
+    def mask(self, x: Tensor, gradient: Tensor, ends: tuple[Bound, Bound]) -> Tensor | None:
+        """Return the gradient where x lies between the ends, else 0; None if only torch can."""
         if gradient.dtype != x.dtype or not x.is_contiguous() or not _is_plain(gradient):
             return None
         gradient = gradient.contiguous()
         out = POOL.empty_like(x)
         pointers = x.data_ptr(), gradient.data_ptr(), out.data_ptr()
         if self._one_scale:
-            _function("mask_tensor", x.dtype)(*pointers, x.numel(), *self._bounds)
+            _function("mask_tensor", x.dtype)(*pointers, x.numel(), *ends)
             return out
-        prepared = self._prepared(x)
+        prepared = self._prepared(x, self._mask_layouts, (1.0, *ends))
         if prepared is None:
             return None
         _function("mask_layout", x.dtype)(*pointers, *prepared.addresses)
         return out
 
-    def _prepared(self, x: Tensor) -> "_Prepared | None":
+    def _prepared(
+        self, x: Tensor, known: "dict[object, _Prepared]", bounds: tuple[Bound, Bound, Bound]
+    ) -> "_Prepared | None":
         """Return the layout of tensors of this shape and order in memory, made once."""
         key = x.shape, x.is_contiguous() or x.stride()
-        prepared = self._layouts.get(key)
+        prepared = known.get(key)
         if prepared is None:
             moved = _moved(x, self._granularity)
             if moved is None:
                 return None
-            if len(self._layouts) >= _MOST_LAYOUTS:
-                self._layouts.clear()
-            prepared = self._layouts[key] = _Prepared(*moved, *self._bounds)
+            if len(known) >= _MOST_LAYOUTS:
+                known.clear()
+            prepared = known[key] = _Prepared(*moved, *bounds)
         return prepared
 
 
@@ -166,7 +172,8 @@ class _Prepared:
     ) -> None:
         expected = parameter_shape(shape, granularity)
         scales = scale if isinstance(scale, Tensor) else torch.tensor(scale)
-        self._held = [_floats(b, shape, expected, granularity) for b in (scales, low, high)]
+        bounds = scales, low, high
+        self._held = [_floats(bound, shape, expected, granularity) for bound in bounds]
         pointers = [None if kept is None else kept.data_ptr() for kept in self._held]
         ends = [0.0 if isinstance(bound, Tensor) else bound for bound in (low, high)]
         self._layout = _layout_of(shape, granularity)

@@ -25,10 +25,7 @@ typedef struct {
     float all_low, all_high;         /* then these hold for all values */
 } params_t;
 
-enum { STRIP = 64 }; /* short runs that a thread takes at a time */
-
-/* The gradient's lower bound: two roundings of fp32 below what is meant. */
-static inline float below(float low) { return low - fabsf(low) * 0x1p-22f; }
+enum { STRIP = 64, MX_STRIP = 32 }; /* short runs, or blocks, that a thread takes at a time */
 
 /* The comparisons are written so that NaN fails them and stays. */
 static inline float to_integer(float v, float low, float high) {
@@ -117,7 +114,7 @@ static inline float mx_scale(uint32_t amax, const mx_t *mx) {
     }                                                                                              \
     else { ROUNDED_LOOP(SCALE, to_float_by_bits(v, &own), LOAD, STORE) }
 
-#define FUNCTIONS(T, SUFFIX, LOAD, STORE)                                                          \
+#define FUNCTIONS(T, SUFFIX, LOAD, STORE, KEPT)                                                    \
 static inline void snap_one_##SUFFIX(const T *restrict x, T *restrict y, int64_t n,                \
                                      const params_t *p, int64_t at, const codec_t *c) {            \
     const float scale = p->scale[at];                                                              \
@@ -141,21 +138,17 @@ static inline void snap_each_##SUFFIX(const T *restrict x, T *restrict y, int64_
         ROUNDED_LOOP(scale[i], to_integer(v, low, high), LOAD, STORE)                              \
     } else FLOAT_LOOPS(scale[i], LOAD, STORE)                                                      \
 }                                                                                                  \
-/* The gradient passes where low <= x / s <= high; the slack allows for two roundings. */          \
+/* The gradient passes where low <= x <= high: here the bounds are those of x itself. */           \
 static inline void mask_one_##SUFFIX(const T *restrict x, const T *restrict g, T *restrict y,      \
                                      int64_t n, const params_t *p, int64_t at) {                   \
-    const float s = p->scale[at];                                                                  \
-    const float low = below(p->low ? p->low[at] : p->all_low);                                     \
-    const float high = -below(-(p->high ? p->high[at] : p->all_high));                             \
-    LOOP(const float v = LOAD(x[i]) / s; y[i] = (v >= low) & (v <= high) ? g[i] : (T)0;)           \
+    const float low = p->low ? p->low[at] : p->all_low;                                            \
+    const float high = p->high ? p->high[at] : p->all_high;                                        \
+    LOOP(const float v = LOAD(x[i]); y[i] = KEPT(g[i], (v >= low) & (v <= high));)                 \
 }                                                                                                  \
 static inline void mask_each_##SUFFIX(const T *restrict x, const T *restrict g, T *restrict y,     \
                                       int64_t n, const params_t *p, int64_t at) {                  \
-    const float *s = p->scale + at;                                                                \
-    LOOP(const float v = LOAD(x[i]) / s[i];                                                        \
-         const float low = below(p->low ? p->low[at + i] : p->all_low);                            \
-         const float high = -below(-(p->high ? p->high[at + i] : p->all_high));                    \
-         y[i] = (v >= low) & (v <= high) ? g[i] : (T)0;)                                           \
+    const float *low = p->low + at, *high = p->high + at;                                          \
+    LOOP(const float v = LOAD(x[i]); y[i] = KEPT(g[i], (v >= low[i]) & (v <= high[i]));)           \
 }                                                                                                  \
 ALWAYS_INLINE uint32_t amax_of_##SUFFIX(const T *x, int64_t n) {                                   \
     uint32_t amax = 0;                                                                             \
@@ -172,6 +165,10 @@ ALWAYS_INLINE void snap_block_##SUFFIX(const T *restrict x, T *restrict y, int64
         LOOP(y[i] = STORE(to_float_by_sum(LOAD(x[i]) * inverse, plain) * s);)                      \
     }                                                                                              \
 }                                                                                                  \
+/* While a strip of blocks is computed, bring a block of the next one into the cache. */           \
+ALWAYS_INLINE void prefetch_##SUFFIX(const T *x, const T *y, int64_t n) {                          \
+    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) { PREFETCH(x + i, 0) PREFETCH(y + i, 1) }      \
+}                                                                                                  \
 void snap_tensor_##SUFFIX(const T *x, T *y, int64_t n, float scale, float low, float high,         \
                           const codec_t *c) {                                                      \
     const params_t p = {&scale, 0, 0, low, high};                                                  \
@@ -182,9 +179,8 @@ void snap_layout_##SUFFIX(const T *x, T *y, const layout_t *l, const params_t *p
     WALK(snap_one_##SUFFIX(x + from, y + from, count, p, at, c),                                   \
          snap_each_##SUFFIX(x + from, y + from, count, p, at, c))                                  \
 }                                                                                                  \
-void mask_tensor_##SUFFIX(const T *x, const T *g, T *y, int64_t n, float scale, float low,         \
-                          float high) {                                                            \
-    const params_t p = {&scale, 0, 0, low, high};                                                  \
+void mask_tensor_##SUFFIX(const T *x, const T *g, T *y, int64_t n, float low, float high) {        \
+    const params_t p = {0, 0, 0, low, high};                                                       \
     SPLIT(mask_one_##SUFFIX(x + from, g + from, y + from, count, &p, 0))                           \
 }                                                                                                  \
 void mask_layout_##SUFFIX(const T *x, const T *g, T *y, const layout_t *l, const params_t *p) {    \
@@ -196,11 +192,11 @@ void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,
     const int64_t size = mx->size, blocks = (n + size - 1) / size, total = rows * blocks;          \
     const codec_t plain = plain_of(c);                                                             \
     PARALLEL_FOR(rows * n)                                                                         \
-    for (int64_t strip = 0; strip < total; strip += STRIP) {                                       \
-        const int64_t count = strip + STRIP < total ? STRIP : total - strip;                       \
-        int64_t from[STRIP], length[STRIP], row = strip / blocks, column = strip % blocks;         \
-        uint32_t amax[STRIP];                                                                      \
-        float scale[STRIP];                                                                        \
+    for (int64_t strip = 0; strip < total; strip += MX_STRIP) {                                    \
+        const int64_t count = strip + MX_STRIP < total ? MX_STRIP : total - strip;                 \
+        int64_t from[MX_STRIP], length[MX_STRIP], row = strip / blocks, column = strip % blocks;   \
+        uint32_t amax[MX_STRIP];                                                                   \
+        float scale[MX_STRIP];                                                                     \
         for (int64_t b = 0; b < count; b++) {                                                      \
             const int64_t rest = n - column * size;                                                \
             from[b] = row * n + column * size;                                                     \
@@ -212,8 +208,7 @@ void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,
         for (int64_t b = 0; b < count; b++) scale[b] = mx_scale(amax[b], mx);                      \
         for (int64_t b = 0; b < count; b++) {                                                      \
             const T *source = x + from[b];                                                         \
-            PREFETCH(source + STRIP * 32) /* while this strip is computed, read the next */        \
-            PREFETCH(source + STRIP * 32 + 16)                                                     \
+            prefetch_##SUFFIX(source + MX_STRIP * size, y + from[b] + MX_STRIP * size, size);      \
             if (length[b] == 32) snap_block_##SUFFIX(source, y + from[b], 32, scale[b], &plain);   \
             else snap_block_##SUFFIX(source, y + from[b], length[b], scale[b], &plain);            \
         }                                                                                          \
@@ -253,8 +248,8 @@ void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,
         }                                                                                          \
     }
 
-FUNCTIONS(float, f32, same, same)
-FUNCTIONS(bf16, bf16, from_bf16, to_bf16)
+FUNCTIONS(float, f32, same, same, kept)
+FUNCTIONS(bf16, bf16, from_bf16, to_bf16, kept_bf16)
 #ifdef __FLT16_MAX__
-FUNCTIONS(fp16, f16, from_fp16, to_fp16)
+FUNCTIONS(fp16, f16, from_fp16, to_fp16, kept_fp16)
 #endif
