@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tuner import formats
 from tuner.errors import TunerError
-from tuner.kernels import MxScale, check_floats, codec_of
+from tuner.kernels import MxScale, block_amax, check_floats, codec_of, is_transformed
 from tuner.ranges import QParams
 from tuner.schemes import TensorScheme
 
@@ -53,13 +53,12 @@ def block_qparams(x: Tensor, scheme: TensorScheme) -> QParams:
     fmt = formats.get(scheme.format)
     if fmt.block is None:
         raise TunerError(f"{fmt.name} is no block format")
-    blocks = _blocks(x.detach(), fmt.block.size)
+    x = x.detach()
     mx = mx_scale_of(scheme)
     if mx is not None:
         unit = _MXINT8_UNIT if fmt.kind == "int" else 1.0
-        return QParams(_mx_scales(blocks.amax(-1), mx) * unit)
-    blocks = blocks.float()
-    amax = torch.where(blocks.isfinite(), blocks, 0.0).amax(-1)
+        return QParams(_mx_scales(_amax(x, fmt.block.size), mx) * unit)
+    amax = _finite_amax(x.float(), fmt.block.size)
     if fmt.block.scale == "e4m3":
         return _two_levels(amax, fmt, fmt.block.smallest_scale)
     if fmt.block.scale == "bf16":
@@ -69,13 +68,25 @@ def block_qparams(x: Tensor, scheme: TensorScheme) -> QParams:
     return QParams(torch.where(scale == 0, 1.0, scale))
 
 
-def _blocks(x: Tensor, size: int) -> Tensor:
-    """Return the magnitudes, `[…, blocks, size]`; the last block is filled up with 0."""
-    magnitudes = x.abs() if x.dtype == torch.float64 else x.float().abs()
+def _finite_amax(x: Tensor, size: int) -> Tensor:
+    """Return the largest finite magnitude of each block."""
+    amax = None if is_transformed() else _amax(x, size)
+    if amax is None or not bool(amax.isfinite().all()):
+        amax = _amax(torch.where(x.isfinite(), x, 0.0), size)
+    return amax
+
+
+def _amax(x: Tensor, size: int) -> Tensor:
+    """Return the largest magnitude of each block, `[…, blocks]`, in fp32 (of doubles in fp64)."""
+    native = block_amax(x, size)
+    if native is not None:
+        return native
+    x = x if x.dtype == torch.float64 else x.float()
     missing = -x.shape[-1] % size
     if missing:
-        magnitudes = torch.nn.functional.pad(magnitudes, (0, missing))
-    return torch.unflatten(magnitudes, -1, (-1 if magnitudes.shape[-1] else 0, size))
+        x = torch.nn.functional.pad(x, (0, missing))
+    blocks = torch.unflatten(x, -1, (-1 if x.shape[-1] else 0, size))
+    return torch.maximum(-blocks.amin(-1), blocks.amax(-1)).abs()  # needs no |x| of full size
 
 
 def _mx_scales(amax: Tensor, mx: MxScale) -> Tensor:

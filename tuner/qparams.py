@@ -20,6 +20,7 @@ from tuner.kernels import (
     codec_of,
     compute_dtype,
     from_rows,
+    is_transformed,
     masked_gradient,
     snap,
     snap_mx,
@@ -190,7 +191,7 @@ class _Grids:
 
     def grid(self, scheme: TensorScheme, qparams: QParams, like: Tensor) -> Grid:
         """Return the grid for tensors like this one; raises SchemeError as `check_qparams` does."""
-        if torch.compiler.is_compiling():
+        if is_transformed():
             return grid_of(scheme, qparams, like)
         parts = qparams.scale, qparams.zero_point, qparams.global_scale
         state = like.device, like.dtype, *map(_identity, parts)
@@ -218,6 +219,8 @@ _GRIDS = _Grids()
 
 class _StraightThrough(torch.autograd.Function):
     """Round to a grid, with the gradient of the identity inside its range (Bengio et al. 2013)."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, grid: Grid) -> Tensor:
@@ -268,9 +271,9 @@ def _to(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tens
     On an accelerator it stays a tensor: division by a number is a multiplication by its
     reciprocal there, which is not the true division that the codes are defined by.
     """
-    is_traced = isinstance(value, Tensor) and torch.compiler.is_compiling()
+    is_hidden = isinstance(value, Tensor) and is_transformed()
     is_one = not isinstance(value, Tensor) or value.numel() == 1
-    if device.type == "cpu" and is_one and not is_traced:
+    if device.type == "cpu" and is_one and not is_hidden:
         return float(value)
     return torch.as_tensor(value, device=device).detach().to(dtype)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tuner import formats
+from tuner.kernels import is_transformed
 from tuner.schemes import TensorScheme
 
 
@@ -16,7 +17,8 @@ class QParams:
     Numbers, or tensors in the shape that the scheme's granularity gives: per-tensor `[]`,
     per-channel `[C]`, per-group the tensor's shape with its axis replaced by `ceil(n / size)`,
     per-token the tensor's shape with a last axis of 1. No zero point means 0. NVFP4 has a
-    `global_scale` beside the scales of its blocks: the product of both is what counts.
+    `global_scale` beside the scales of its blocks: the product of both is what counts. Static
+    groups of an op's input or output are `[ceil(n / size)]`, shared by all other axes.
     """
 
     scale: Tensor | float
@@ -114,7 +116,7 @@ def _in_reach(scale: Tensor, dtype: torch.dtype, span: float, largest: Tensor | 
     """
     most_finite = torch.finfo(dtype).max * (1 - 2.0**-22)
     smallest = torch.finfo(dtype).tiny
-    if scale.numel() and not torch.compiler.is_compiling():
+    if scale.numel() and not is_transformed():
         least, most = (end.item() for end in torch.aminmax(scale))
         if smallest <= least and most * span <= most_finite:
             return scale.to(dtype)

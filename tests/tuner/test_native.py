@@ -174,6 +174,54 @@ def test_large_tensors_in_pieces(name: str, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+BLOCK_FORMATS = ["nvfp4", "nvfp4_subnormal", "nf4", "abfp4", "abfp8_n128", "mxfp6_e3m2", "mxint8"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16,), (5, 37), (2, 3, 256), (7, 0), (1, 3, 1)])
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_block_formats(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    scheme = TensorScheme(format=name)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
+    if x.numel() > 40:
+        x.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    for view in (x, x.mT.contiguous().mT if x.ndim > 1 else x):
+        native, torch_only = both_paths(lambda v=view: fake_quantize(v, scheme))
+        assert_same(native, torch_only)
+
+    def gradient() -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        fake_quantize(leaf, scheme).backward(torch.ones_like(x))
+        assert leaf.grad is not None
+        return leaf.grad
+
+    native, torch_only = both_paths(gradient)
+    assert_same(native, torch_only)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+@pytest.mark.parametrize("count", [2, 7, 16, 256, 300])
+def test_codebooks(count: int, granularity: Granularity) -> None:
+    generator = torch.Generator().manual_seed(count)
+    entries = sorted({float(v) for v in torch.randn(count, generator=generator)})
+    name = f"codebook_of_{count}_entries"
+    if name not in formats.names():
+        formats.register(name, codebook=entries)
+    scheme = TensorScheme(format=name, granularity=granularity)
+    x = torch.randn(5, 6, 9, generator=generator) * 2
+    middle = torch.tensor(entries, dtype=torch.float64)
+    ties = ((middle[1:] + middle[:-1]) / 2).float()[:40]
+    x.view(-1)[: len(ties)] = ties
+    x.view(-1)[-3:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    qparams = compute_qparams(x, scheme)
+    native, torch_only = both_paths(lambda: fake_quantize(x, scheme, qparams))
+    assert_same(native, torch_only)
+    unscaled, _ = both_paths(lambda: fake_quantize(x, TensorScheme(format=name), QParams(1.0)))
+    finite = x.isfinite()
+    distances = (x[finite].double().unsqueeze(-1) - middle).abs()
+    assert torch.equal(unscaled[finite], middle[distances.argmin(-1)].float())  # the lower of two
+
+
 def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     """Return the largest magnitude that every value shares its scale with, in the shape of `x`."""
     x = x.abs()
@@ -341,11 +389,26 @@ class TestOddTensors:
         assert y.device.type == "meta"
 
     @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, for clamp_
-    def test_vmap(self) -> None:
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("name", ["int8", "e4m3fn", "bf16", "mxfp4", "nf4", "nvfp4"])
+    def test_vmap(self, name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        take_path(path, monkeypatch)
+        x = torch.randn(3, 150_000)  # more than a chunk
+        scheme = TensorScheme(format=name)
+        y = torch.vmap(lambda row: fake_quantize(row, scheme))(x)
+        assert torch.equal(y, torch.stack([fake_quantize(row, scheme) for row in x]))
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
+    def test_gradients_of_each_sample(self) -> None:
+        scheme, qparams = TensorScheme(format="int4"), QParams(0.2)
         x = torch.randn(3, 40)
-        scheme = TensorScheme(format="e4m3fn")
-        y = torch.vmap(lambda row: fake_quantize(row, scheme, QParams(0.1)))(x)
-        assert torch.equal(y, fake_quantize(x, scheme, QParams(0.1)))
+
+        def loss(row: torch.Tensor) -> torch.Tensor:
+            return fake_quantize(row, scheme, qparams).square().sum()
+
+        each = torch.stack([torch.func.grad(loss)(row) for row in x])
+        assert torch.equal(torch.vmap(torch.func.grad(loss))(x), each)
+        assert bool((each == 0).any())
 
     @pytest.mark.parametrize("shape", [(3,), (2, 2), (6, 1)])
     def test_a_scale_of_another_shape_is_refused(self, shape: tuple[int, ...]) -> None:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from tuner.kernels import is_transformed
+
 Range = tuple[float, float]
 RowRanges = tuple[Tensor, Tensor]
 
@@ -21,8 +23,7 @@ def finite_ranges(rows: Tensor, absent: Range = (math.inf, -math.inf)) -> RowRan
     """
     if rows.numel():
         low, high = rows.amin(-1), rows.amax(-1)  # faster than aminmax(dim=-1)
-        is_traced = torch.compiler.is_compiling()  # then values cannot be looked at
-        if not is_traced and math.isfinite((high - low).sum(dtype=torch.float64).item()):
+        if not is_transformed() and math.isfinite((high - low).sum(dtype=torch.float64).item()):
             return low, high
         finite = torch.isfinite(rows)
         low = torch.where(finite, rows, math.inf).amin(-1)

@@ -17,13 +17,14 @@ from tuner.kernels.layout import (
     parameter_shape,
     to_rows,
 )
-from tuner.kernels.native import MxScale, snap_mx
+from tuner.kernels.native import MxScale, block_amax, is_transformed, snap_mx
 from tuner.kernels.summaries import native_summary
 
 __all__ = [
     "Codec",
     "Grid",
     "MxScale",
+    "block_amax",
     "block_parameter",
     "block_view",
     "check_floats",
@@ -33,6 +34,7 @@ __all__ = [
     "compute_dtype",
     "flat_view",
     "from_rows",
+    "is_transformed",
     "masked_gradient",
     "native_summary",
     "parameter_shape",

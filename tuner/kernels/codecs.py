@@ -223,12 +223,16 @@ class CodebookCodec:
         table = torch.tensor(self.entries, dtype=torch.float64, device=codes.device)
         return table[codes.long()]
 
-    def _index(self, x: Tensor) -> Tensor:
-        entries = torch.tensor(self.entries, dtype=torch.float64, device=x.device)
+    def ends(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """Return the largest number of a dtype that each entry but the last is nearest to."""
+        entries = torch.tensor(self.entries, dtype=torch.float64, device=device)
         between = (entries[1:] + entries[:-1]) / 2  # exact: entries are fp32 numbers
-        ends = between.to(x.dtype)
+        ends = between.to(dtype)
         below = ends.nextafter(torch.full_like(ends, -math.inf))
-        return torch.bucketize(x.contiguous(), torch.where(ends > between, below, ends))
+        return torch.where(ends > between, below, ends)
+
+    def _index(self, x: Tensor) -> Tensor:
+        return torch.bucketize(x.contiguous(), self.ends(x.dtype, x.device))
 
     def _table(self, like: Tensor) -> Tensor:
         return torch.tensor(self.entries, dtype=like.dtype, device=like.device)

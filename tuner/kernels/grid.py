@@ -13,7 +13,7 @@ from tuner.granularity import Granularity
 from tuner.kernels.buffers import POOL
 from tuner.kernels.codecs import Bound, Codec, FunctionCodec
 from tuner.kernels.layout import block_parameter, block_view
-from tuner.kernels.native import NativeGrid, takes
+from tuner.kernels.native import Bounds, NativeGrid, is_plain, is_transformed, takes
 
 _CHUNK = 128 * 1024  # values: less, and the calls cost more than the cache saves
 _SLACK = 2.0**-22  # two roundings of fp32
@@ -43,7 +43,7 @@ class Grid:
     @cached_property
     def native(self) -> NativeGrid:
         """The grid as the native kernels take it."""
-        bounds = self.scale, self.low, self.high
+        bounds = Bounds(self.scale, self.low, self.high, self.inverse)
         return NativeGrid(self.granularity, bounds, self.codec)
 
     @cached_property
@@ -96,7 +96,7 @@ def snap(x: Tensor, grid: Grid) -> Tensor:
 
     For integers that is `clamp(rne(x / scale), low, high) · scale`.
     """
-    if grid.inverse is None and takes(x):
+    if takes(x):
         out = grid.native.snap(x)
         if out is not None:
             return out
@@ -104,14 +104,16 @@ def snap(x: Tensor, grid: Grid) -> Tensor:
 
 
 def _snap_in_torch(x: Tensor, grid: Grid) -> Tensor:
-    if _is_small(x) or isinstance(grid.codec, FunctionCodec):  # which may look at the whole tensor
+    if _is_whole(x) or isinstance(grid.codec, FunctionCodec):  # which may look at the whole tensor
         steps, low, high = _steps(x, grid)
-        levels = grid.codec.round_(steps, low, high).mul(_fit(grid.scale, x, grid))
+        levels = grid.codec.round_(steps, low, high).mul(_fit(grid.scale, x, grid.granularity))
         return _stored(levels, x.dtype).reshape(x.shape)
     out = POOL.empty_like(x)
     if out.stride() != x.stride():  # x has gaps or overlaps: go on from a dense copy
         x = out.copy_(x)
-    for source, target, scale, low, high, inverse in _chunks(x, out, grid):
+    parameters = grid.scale, grid.low, grid.high, grid.inverse
+    for (source, target), bounds in _chunks((x, out), parameters, grid.granularity):
+        scale, low, high, inverse = bounds
         if target.dtype in _HALVES:
             levels = _rounded(source.to(torch.float32), grid.codec, scale, low, high, inverse)
             target.copy_(_stored(levels, target.dtype))
@@ -153,56 +155,65 @@ def masked_gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
         masked = grid.native.mask(x, gradient, grid.inside)
         if masked is not None:
             return masked
-    dtype = compute_dtype(x.dtype)
-    low, high = (_fit(end, x, grid) for end in inside(grid, dtype))
-    view = block_view(x, grid.granularity).to(dtype)
-    passes = (view >= low) & (view <= high)
-    return torch.where(passes.reshape(x.shape), gradient, 0.0)
+    ends = inside(grid, compute_dtype(x.dtype))
+    if _is_whole(x) or not x.is_contiguous() or not is_plain(gradient):
+        low, high = (_fit(end, x, grid.granularity) for end in ends)
+        passes = _between(block_view(x, grid.granularity), low, high)
+        return torch.where(passes.reshape(x.shape), gradient, 0.0)
+    gradient, out = gradient.contiguous(), POOL.empty_like(gradient)
+    zero = gradient.new_zeros(())
+    for parts, bounds in _chunks((x, gradient, out), ends, grid.granularity):
+        values, upstream, target = parts
+        torch.where(_between(values, *bounds), upstream, zero, out=target)
+    return out
+
+
+def _between(x: Tensor, low: Bound, high: Bound) -> Tensor:
+    x = x.to(compute_dtype(x.dtype))
+    return (x >= low).logical_and_(x <= high)
 
 
 def _steps(x: Tensor, grid: Grid) -> tuple[Tensor, Bound, Bound]:
-    scale, low, high = (_fit(p, x, grid) for p in (grid.scale, grid.low, grid.high))
+    bounds = grid.scale, grid.low, grid.high
+    scale, low, high = (_fit(bound, x, grid.granularity) for bound in bounds)
     view = block_view(x, grid.granularity).to(compute_dtype(x.dtype))
     if grid.inverse is None:
         return torch.div(view, scale), low, high
-    return view * _fit(grid.inverse, x, grid), low, high
+    return view * _fit(grid.inverse, x, grid.granularity), low, high
 
 
-def _fit(parameter: Bound, x: Tensor, grid: Grid) -> Bound:
+def _fit(parameter: Bound, x: Tensor, granularity: Granularity) -> Bound:
     if isinstance(parameter, Tensor):
-        return block_parameter(parameter, tuple(x.shape), grid.granularity)
+        return block_parameter(parameter, tuple(x.shape), granularity)
     return parameter
 
 
-_Chunk = tuple[Tensor, Tensor, Bound, Bound, Bound, Bound | None]
-
-
-def _chunks(x: Tensor, out: Tensor, grid: Grid) -> Iterator[_Chunk]:
-    """Cut input, output and what broadcasts against them into chunks along the first axis."""
-    bounds = grid.scale, grid.low, grid.high, grid.inverse
-    parameters = [None if p is None else _fit(p, x, grid) for p in bounds]
-    if all(not isinstance(p, Tensor) or p.ndim == 0 for p in parameters):
-        x, out = (t.as_strided((t.numel(),), (1,)) for t in (x, out))
+def _chunks(
+    tensors: tuple[Tensor, ...], parameters: tuple[Bound | None, ...], granularity: Granularity
+) -> Iterator[tuple[Any, Any]]:
+    """Cut tensors of one shape, and what broadcasts against them, along the first axis."""
+    x = tensors[0]
+    fitted = [None if p is None else _fit(p, x, granularity) for p in parameters]
+    if all(not isinstance(p, Tensor) or p.ndim == 0 for p in fitted):
+        tensors = tuple(t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors)
     else:
-        x, out = (block_view(t, grid.granularity) for t in (x, out))
-    length = _chunk_length(x)
-    if length >= x.shape[0]:
-        yield x, out, *parameters  # type: ignore[misc]
-        return
-    for start in range(0, x.shape[0], length):
-        count = min(length, x.shape[0] - start)
-        tensors = (x, out, *parameters)
-        yield tuple(_narrow(t, x.ndim, start, count) for t in tensors)  # type: ignore[misc]
+        tensors = tuple(block_view(t, granularity) for t in tensors)
+    ndim, size = tensors[0].ndim, tensors[0].shape[0]
+    length = _chunk_length(tensors[0])
+    for start in range(0, size, length):
+        count = min(length, size - start)
+        yield (
+            [t.narrow(0, start, count) for t in tensors],
+            [_narrow(p, ndim, start, count) for p in fitted],
+        )
 
 
-def _is_small(x: Tensor) -> bool:
-    """Whether chunks would not help: `x` fits the cache, or is on an accelerator."""
-    return x.numel() <= _CHUNK or not x.is_cpu or torch.compiler.is_compiling()
+def _is_whole(x: Tensor) -> bool:
+    """Whether to compute in one piece: `x` fits the cache, is on an accelerator, or transformed."""
+    return x.numel() <= _CHUNK or not x.is_cpu or is_transformed()
 
 
 def _chunk_length(x: Tensor) -> int:
-    if _is_small(x):
-        return x.shape[0]
     values = x[:1].numel()
     return max(1, _CHUNK * torch.get_num_threads() // max(values, 1))
 

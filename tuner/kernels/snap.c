@@ -5,13 +5,16 @@
  */
 #include "native.h"
 
-enum { INTEGER = 0, BY_SUM = 1, BY_BITS = 2 };
+enum { INTEGER = 0, BY_SUM = 1, BY_BITS = 2, CODEBOOK = 3 };
 enum { FLOOR = 0, CEIL = 1, RCEIL = 2, EVEN = 3 };
 
-/* FloatCodec in codecs.py says what the fields mean. */
+/* FloatCodec in codecs.py says what the fields mean. A codebook has `ends` between its entries:
+ * entry k + 1 begins above ends[k]. */
 typedef struct {
     int32_t kind, shift, parity, subnormals, negative_zero, saturating;
     float limit, largest, overflow, normal, magic;
+    int32_t length;
+    const float *entries, *ends;
 } codec_t;
 
 /* A tensor as [outer, n, inner], `size` neighbours of n sharing a scale, which lies at
@@ -21,11 +24,13 @@ typedef struct {
 } layout_t;
 
 typedef struct {
-    const float *scale, *low, *high; /* low and high lie as scale does, or are null: */
-    float all_low, all_high;         /* then these hold for all values */
+    const float *scale, *inverse; /* null: values are divided by the scale */
+    const float *low, *high;      /* these, too, lie as scale does, or are null: */
+    float all_low, all_high;      /* then these hold for all values */
 } params_t;
 
 enum { STRIP = 64, MX_STRIP = 32 }; /* short runs, or blocks, that a thread takes at a time */
+enum { CACHED = 256 };              /* values that stay in the cache over all entries */
 
 /* The comparisons are written so that NaN fails them and stays. */
 static inline float to_integer(float v, float low, float high) {
@@ -75,6 +80,17 @@ static inline float to_float_like_fp32(float v, const codec_t *c) {
     return finished(a, rounded_bits(a, c), v, c);
 }
 
+/* Replace v[i] by the nearest entry; a tie goes to the lower one. */
+static inline void to_entries(float *restrict v, int64_t n, const codec_t *c) {
+    float nearest[CACHED];
+    for (int64_t i = 0; i < n; i++) nearest[i] = c->entries[0];
+    for (int32_t k = 1; k < c->length; k++) {
+        const float end = c->ends[k - 1], entry = c->entries[k];
+        for (int64_t i = 0; i < n; i++) nearest[i] = v[i] > end ? entry : nearest[i];
+    }
+    for (int64_t i = 0; i < n; i++) v[i] = v[i] != v[i] ? v[i] : nearest[i];
+}
+
 static inline codec_t plain_of(const codec_t *c) {
     codec_t plain = *c;
     plain.subnormals = plain.negative_zero = plain.saturating = 1;
@@ -106,9 +122,18 @@ static inline float mx_scale(uint32_t amax, const mx_t *mx) {
 #define LOOP(STATEMENT) for (int64_t i = 0; i < n; i++) { STATEMENT }
 #define ROUNDED_LOOP(SCALE, ROUND, LOAD, STORE)                                                    \
     LOOP(const float s = SCALE; const float v = LOAD(x[i]) / s; y[i] = STORE(ROUND * s);)
+#define CODEBOOK_LOOP(SCALE, LOAD, STORE)                                                          \
+    float v[CACHED];                                                                               \
+    for (int64_t from = 0; from < n; from += CACHED) {                                             \
+        const int64_t to = from + CACHED < n ? from + CACHED : n;                                  \
+        for (int64_t i = from; i < to; i++) v[i - from] = LOAD(x[i]) / SCALE;                      \
+        to_entries(v, to - from, c);                                                               \
+        for (int64_t i = from; i < to; i++) y[i] = STORE(v[i - from] * SCALE);                     \
+    }
 #define FLOAT_LOOPS(SCALE, LOAD, STORE)                                                            \
     if (c->kind == BY_SUM && is_plain) { ROUNDED_LOOP(SCALE, to_float_by_sum(v, &plain), LOAD, STORE) } \
     else if (c->kind == BY_SUM) { ROUNDED_LOOP(SCALE, to_float_by_sum(v, &own), LOAD, STORE) }     \
+    else if (c->kind == CODEBOOK) { CODEBOOK_LOOP(SCALE, LOAD, STORE) }                            \
     else if (c->normal == 0x1p-126f && is_plain) {                                                 \
         ROUNDED_LOOP(SCALE, to_float_like_fp32(v, &plain), LOAD, STORE)                            \
     }                                                                                              \
@@ -122,7 +147,12 @@ static inline void snap_one_##SUFFIX(const T *restrict x, T *restrict y, int64_t
     const float high = p->high ? p->high[at] : p->all_high;                                        \
     const int is_plain = c->subnormals && c->negative_zero && c->saturating;                       \
     const codec_t own = *c, plain = plain_of(c);                                                   \
-    if (c->kind == INTEGER) { ROUNDED_LOOP(scale, to_integer(v, low, high), LOAD, STORE) }         \
+    if (p->inverse) { /* NVFP4: only the numbers of plain floats come so */                        \
+        const float inverse = p->inverse[at];                                                      \
+        LOOP(y[i] = STORE(to_float_by_sum(LOAD(x[i]) * inverse, &plain) * scale);)                 \
+    } else if (c->kind == INTEGER) {                                                               \
+        ROUNDED_LOOP(scale, to_integer(v, low, high), LOAD, STORE)                                 \
+    }                                                                                              \
     else FLOAT_LOOPS(scale, LOAD, STORE)                                                           \
 }                                                                                                  \
 static inline void snap_each_##SUFFIX(const T *restrict x, T *restrict y, int64_t n,               \
@@ -171,7 +201,7 @@ ALWAYS_INLINE void prefetch_##SUFFIX(const T *x, const T *y, int64_t n) {       
 }                                                                                                  \
 void snap_tensor_##SUFFIX(const T *x, T *y, int64_t n, float scale, float low, float high,         \
                           const codec_t *c) {                                                      \
-    const params_t p = {&scale, 0, 0, low, high};                                                  \
+    const params_t p = {&scale, 0, 0, 0, low, high};                                               \
     SPLIT(snap_one_##SUFFIX(x + from, y + from, count, &p, 0, c))                                  \
 }                                                                                                  \
 void snap_layout_##SUFFIX(const T *x, T *y, const layout_t *l, const params_t *p,                  \
@@ -180,12 +210,25 @@ void snap_layout_##SUFFIX(const T *x, T *y, const layout_t *l, const params_t *p
          snap_each_##SUFFIX(x + from, y + from, count, p, at, c))                                  \
 }                                                                                                  \
 void mask_tensor_##SUFFIX(const T *x, const T *g, T *y, int64_t n, float low, float high) {        \
-    const params_t p = {0, 0, 0, low, high};                                                       \
+    const params_t p = {0, 0, 0, 0, low, high};                                                    \
     SPLIT(mask_one_##SUFFIX(x + from, g + from, y + from, count, &p, 0))                           \
 }                                                                                                  \
 void mask_layout_##SUFFIX(const T *x, const T *g, T *y, const layout_t *l, const params_t *p) {    \
     WALK(mask_one_##SUFFIX(x + from, g + from, y + from, count, p, at),                            \
          mask_each_##SUFFIX(x + from, g + from, y + from, count, p, at))                           \
+}                                                                                                  \
+void amax_blocks_##SUFFIX(const T *x, float *y, int64_t rows, int64_t n, int64_t size) {           \
+    const int64_t blocks = (n + size - 1) / size;                                                  \
+    PARALLEL_FOR(rows * n)                                                                         \
+    for (int64_t row = 0; row < rows; row++) {                                                     \
+        for (int64_t b = 0; b < blocks; b++) {                                                     \
+            const T *first = x + row * n + b * size;                                               \
+            const int64_t count = n - b * size < size ? n - b * size : size;                       \
+            const uint32_t amax = count == 16 ? amax_of_##SUFFIX(first, 16)                        \
+                                              : amax_of_##SUFFIX(first, count);                    \
+            y[row * blocks + b] = float_of(amax);                                                  \
+        }                                                                                          \
+    }                                                                                              \
 }                                                                                                  \
 void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,                   \
                       const codec_t *c) {                                                          \
