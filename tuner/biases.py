@@ -82,8 +82,10 @@ def _unfit_scale(op: Op, config: OpConfig, bias: TensorScheme, weight_axes: int)
         return f"needs one weight scale per output channel or tensor, got {reach!r}"
     if inputs is None or not _is_plain_integer(inputs):
         return f"needs an integer input, got {_shown(inputs)}"
-    if inputs.is_dynamic or not isinstance(inputs.granularity, PerTensor):
+    if inputs.is_dynamic:
         return "needs a static per-tensor input, got one whose scales follow from the data"
+    if not isinstance(inputs.granularity, PerTensor):
+        return f"needs one input scale for the whole tensor, got {inputs.granularity!r}"
     return None
 
 

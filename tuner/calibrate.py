@@ -3,18 +3,13 @@
 import warnings
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
-from tuner.calibrators import calibrated_range
-from tuner.calibrators.base import finite_ranges
 from tuner.errors import CalibrationWarning, DataError, SchemeError
 from tuner.kernels import check_floats, compute_dtype, from_rows, parameter_shape, to_rows
 from tuner.ranges import QParams, qparams_from_range
+from tuner.row_statistics import RowStatistics
 from tuner.schemes import TensorScheme
-from tuner.statistics import TensorStatistics, TensorSummary, summarize
-
-_NEED_ONLY_RANGES = ("minmax", "ema")
 
 
 def calibrate(batches: Iterable[Tensor], scheme: TensorScheme) -> QParams:
@@ -29,21 +24,18 @@ def calibrate(batches: Iterable[Tensor], scheme: TensorScheme) -> QParams:
         raise SchemeError(
             "a dynamic scheme takes its range at run time: there is nothing to calibrate"
         )
-    rows: list[TensorStatistics] = []
+    statistics = RowStatistics([scheme.calibration])
     first: Tensor | None = None
-    nonfinite = 0
+    values = 0
     for x in _checked(batches):
         first = x if first is None else first
         _check_shape(x, first, scheme)
-        nonfinite += x.numel() - int(torch.isfinite(x).sum())
-        summaries = _summarize_rows(to_rows(x, scheme.reach), scheme)
-        rows = rows or [TensorStatistics() for _ in summaries]
-        for statistics, summary in zip(rows, summaries, strict=True):
-            statistics.merge(summary)
+        values += x.numel()
+        statistics.update(to_rows(x, scheme.reach))
     if first is None:
         raise DataError("there are no calibration batches: give at least one tensor")
-    _report(sum(statistics.count for statistics in rows), nonfinite)
-    return _qparams(rows, first, scheme)
+    _report(statistics.count, values - statistics.count)
+    return _qparams(statistics, first, scheme)
 
 
 def _checked(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -68,14 +60,6 @@ def _check_shape(x: Tensor, first: Tensor, scheme: TensorScheme) -> None:
         )
 
 
-def _summarize_rows(rows: Tensor, scheme: TensorScheme) -> list[TensorSummary]:
-    if scheme.calibration not in _NEED_ONLY_RANGES:
-        return [summarize(row) for row in rows]
-    ends = (end.tolist() for end in finite_ranges(rows))
-    counts = torch.isfinite(rows).sum(-1).tolist()
-    return [TensorSummary(*fields) for fields in zip(*ends, counts, strict=True)]
-
-
 def _report(count: int, nonfinite: int) -> None:
     if not count:
         raise DataError(
@@ -89,8 +73,7 @@ def _report(count: int, nonfinite: int) -> None:
         )
 
 
-def _qparams(rows: list[TensorStatistics], like: Tensor, scheme: TensorScheme) -> QParams:
-    ranges = [calibrated_range(statistics, scheme) for statistics in rows]
-    ends = torch.tensor(ranges, dtype=torch.float64).to(like.device, compute_dtype(like.dtype))
-    low, high = (from_rows(end, tuple(like.shape), scheme.reach) for end in ends.unbind(-1))
+def _qparams(statistics: RowStatistics, like: Tensor, scheme: TensorScheme) -> QParams:
+    ends = (e.to(like.device, compute_dtype(like.dtype)) for e in statistics.ranges(scheme))
+    low, high = (from_rows(end, tuple(like.shape), scheme.reach) for end in ends)
     return qparams_from_range(low, high, scheme)

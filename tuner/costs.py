@@ -14,8 +14,10 @@ from tuner import formats
 from tuner.biases import bias_name, counts_products
 from tuner.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from tuner.graph import OpGraph
+from tuner.operands import operand_shape, static_operands
 from tuner.ops import Op, WeightRef
 from tuner.schemes import OpConfig, TensorScheme
+from tuner.slices import slice_count
 
 FLOAT_BITS = 32
 _SCALE_BYTES = 4
@@ -92,10 +94,12 @@ class CostModel:
 
     def activation_bytes(self, op: Op, config: OpConfig) -> float:
         """Return the bytes of an op's static activation parameters."""
-        schemes = [config.input_scheme(i) for i in op.activations] + [config.output]
-        static = [s for s in schemes if s is not None and s.needs_range]
-        integers = sum(formats.get(scheme.format).kind == "int" for scheme in static)
-        return float(len(static) * _SCALE_BYTES + integers * _ZERO_POINT_BYTES)
+        total = 0
+        for index, scheme in static_operands(op, config):
+            is_integer = formats.get(scheme.format).kind == "int"
+            per_scale = _SCALE_BYTES + (_ZERO_POINT_BYTES if is_integer else 0)
+            total += per_scale * slice_count(operand_shape(op, index), scheme.granularity)
+        return float(total)
 
     def costs(self, plan: Mapping[str, OpConfig]) -> Costs:
         """Return the costs of the whole model under a plan; tied weights count once."""

@@ -10,7 +10,8 @@ from tuner.batches import Feeder, Forward, batch_size, read_batches
 from tuner.errors import DataError, TunerError
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
-from tuner.observe import CalibratedRanges, Observer, Operands
+from tuner.observe import CalibratedRanges, Observer
+from tuner.operands import Operands, check_operands
 from tuner.ops import Op
 from tuner.tensors import tensors_in
 
@@ -56,14 +57,17 @@ class DataPass:
     def calibrate(
         self, wanted: Wanted, advance: Callable[[], object] = lambda: None
     ) -> CalibratedRanges:
-        """Return the ranges of what is wanted of each op; `advance` is called after each batch."""
-        observer = Observer(wanted(self.graph.ops))
+        """Return the ranges of what is wanted of each op; `advance` is called after each batch.
+
+        Raises SchemeError, before the data are read on, for a range that cannot be had.
+        """
+        observer = Observer(self._checked(wanted))
         for index, batch in self._all_batches():
             if self._observe(observer, index, batch):
                 self._extend(observer, index, batch, wanted)
             advance()
         self.graph = replace(self.graph, unreached=self._unreached())
-        ranges = CalibratedRanges(observer.statistics)
+        ranges = CalibratedRanges(observer)
         ranges.warn_of_nonfinite()
         return ranges
 
@@ -105,10 +109,15 @@ class DataPass:
         graph = self._recorded(index, batch)
         added = {name: op for name, op in graph.ops.items() if name not in known}
         self.graph = replace(self.graph, ops={**known, **added})
-        operands = wanted(self.graph.ops)
+        operands = self._checked(wanted)
         observer.watch_only({name: kept for name, kept in operands.items() if name in added})
         self._observe(observer, index, batch)
         observer.watch_only(operands)
+
+    def _checked(self, wanted: Wanted) -> Operands:
+        operands = wanted(self.graph.ops)
+        check_operands(self.graph.ops, operands)
+        return operands
 
     def _unreached(self) -> tuple[str, ...]:
         names = set(self.graph.ops)

@@ -26,7 +26,11 @@ class PerChannel(_Granularity):
 
 
 class PerGroup(_Granularity):
-    """One scale for each run of `size` values along `axis`; the last group may be shorter."""
+    """One scale for each run of `size` values along `axis`; the last group may be shorter.
+
+    Each position of the other axes has groups of its own; those of a static input or output are
+    shared by all positions, whose number may change.
+    """
 
     kind: Literal["per_group"] = "per_group"
     size: int = Field(gt=0)

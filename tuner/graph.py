@@ -104,7 +104,7 @@ class Recorder:
 
     def graph(self, output: Any, samples: int) -> OpGraph:
         """Return what was recorded, MACs divided by the samples of the batch."""
-        ops = _without_overlaps(self._ops)
+        ops = _without_overlaps(self._ops, self._shapes)
         per_sample = {name: _per_sample(op, samples) for name, op in ops.items()}
         outputs = tuple(self._producer(t) for t in tensors_in(output))
         uncovered = {name: round(macs / samples) for name, macs in self.uncovered.items() if macs}
@@ -182,11 +182,11 @@ class Recorder:
         return sum(weight_elements(ref, self._shapes[ref.path]) for ref in weights)
 
 
-def _without_overlaps(ops: Mapping[str, Op]) -> dict[str, Op]:
+def _without_overlaps(ops: Mapping[str, Op], shapes: Mapping[str, torch.Size]) -> dict[str, Op]:
     """Take runs of rows that overlap with another use of the parameter for activations."""
     uses = {ref.key for op in ops.values() for ref in op.weights}
     return {
-        name: _as_activation(op) if any(_overlaps(ref, uses) for ref in op.weights) else op
+        name: _as_activation(op, shapes) if any(_overlaps(ref, uses) for ref in op.weights) else op
         for name, op in ops.items()
     }
 
@@ -198,9 +198,13 @@ def _overlaps(ref: WeightRef, uses: set[tuple[str, tuple[int, int] | None]]) -> 
     return any(r is None or (r[0] < ref.rows[1] and ref.rows[0] < r[1]) for r in others)
 
 
-def _as_activation(op: Op) -> Op:
-    operands = (ref.operand for ref in op.weights if ref.operand is not None)
-    return replace(op, weights=(), activations=tuple(sorted({*op.activations, *operands})))
+def _as_activation(op: Op, shapes: Mapping[str, torch.Size]) -> Op:
+    known = dict(zip(op.activations, op.input_shapes, strict=True))
+    for ref in op.weights:
+        if ref.operand is not None and ref.rows is not None:
+            known[ref.operand] = (ref.rows[1] - ref.rows[0], *shapes[ref.path][1:])
+    order = tuple(sorted(known))
+    return replace(op, weights=(), activations=order, input_shapes=tuple(known[i] for i in order))
 
 
 def weight_elements(ref: WeightRef, shape: torch.Size) -> int:

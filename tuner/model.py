@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from tuner.biases import BiasStore
 from tuner.errors import PlanError
+from tuner.granularity import PerTensor
 from tuner.graph import MacCounter, OpGraph, Recorder
+from tuner.operands import OUTPUT, operand_shape
 from tuner.ops import FAMILY_OF_MODULE, Family, Op, WeightRef
 from tuner.qparams import QParams
 from tuner.quantizer import Quantizer
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.sites import Runtime, Tap, own_class, swap, unswap
+from tuner.slices import along_axis
 from tuner.weights import WeightStore
-
-OUTPUT = -1
-"""The operand index that stands for an op's output."""
 
 _FLOAT = OpConfig.float()
 
@@ -28,7 +28,10 @@ class Ranges(Protocol):
     """Knows the quantization parameters of activations."""
 
     def qparams(self, op: str, operand: int, scheme: TensorScheme) -> QParams:
-        """Return the parameters of an operand (OUTPUT for the output) under a static scheme."""
+        """Return the parameters of an operand (OUTPUT for the output) under a static scheme.
+
+        Scale and zero point are `[]` per tensor, otherwise `[slices]`.
+        """
 
 
 class InstrumentedModel:
@@ -140,25 +143,33 @@ class InstrumentedModel:
         site.note = partial(self._describe, op, config)
 
     def _describe(self, op: Op, config: OpConfig) -> str:
-        site = self.runtime.sites[op.name]
         parts = []
         if config.weight is not None and op.weights:
             scales = self.weights.scales(op.weights[0], config.weight)
             parts.append(f"weight {Quantizer(config.weight, QParams(scales)).describe()}")
         parts += [] if (bias := self.biases.describe(op)) is None else [bias]
-        parts += [f"input {i} {q.describe()}" for i, q in enumerate(site.inputs) if q is not None]
-        parts += [] if site.output is None else [f"output {site.output.describe()}"]
+        schemes = [(f"input {i}", i, config.input_scheme(i)) for i in op.activations]
+        for name, index, scheme in (*schemes, ("output", OUTPUT, config.output)):
+            if scheme is not None:
+                qparams = self.qparams(op.name, index, scheme)
+                parts.append(f"{name} {Quantizer(scheme, qparams).describe()}")
         return "; ".join(parts)
+
+    def qparams(self, op: str, index: int, scheme: TensorScheme) -> QParams | None:
+        """Return the static parameters of an operand, None where its values give them."""
+        if not scheme.needs_range:
+            return None
+        assert self._ranges is not None
+        return self._ranges.qparams(op, index, scheme)
 
     def quantizer(self, op: Op, index: int, scheme: TensorScheme) -> Quantizer:
         """Return the quantizer of an operand (OUTPUT for the output) under a scheme."""
         key = (op.name, index, scheme)
         if key not in self._quantizers:
-            qparams = None
-            if scheme.needs_range:
-                assert self._ranges is not None
-                qparams = self._ranges.qparams(op.name, index, scheme)
-            self._quantizers[key] = Quantizer(scheme, qparams)
+            qparams, spelled = self.qparams(op.name, index, scheme), scheme
+            if qparams is not None and not isinstance(scheme.granularity, PerTensor):
+                spelled, qparams = along_axis(scheme, qparams, operand_shape(op, index))
+            self._quantizers[key] = Quantizer(spelled, qparams)
         return self._quantizers[key]
 
     def bias_scale(self, op: Op, config: OpConfig) -> Tensor:

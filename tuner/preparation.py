@@ -13,7 +13,8 @@ from tuner.costs import CostModel, Costs
 from tuner.data_pass import DataPass
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
-from tuner.observe import CalibratedRanges, Operands
+from tuner.observe import CalibratedRanges
+from tuner.operands import Operands, check_operands, static_operands
 from tuner.ops import Op
 from tuner.presets import Candidate
 from tuner.progress import Progress
@@ -27,7 +28,7 @@ from tuner.search_space import (
     candidates_of,
     components_wanted,
 )
-from tuner.sensitivity import BIAS, SAMPLES, WEIGHT, SensitivityAnalysis, components_of
+from tuner.sensitivity import BIAS, SAMPLES, WEIGHT, SensitivityAnalysis
 
 Candidates = dict[str, list[Candidate]]
 Options = dict[str, dict[str, dict[str, Any]]]
@@ -74,6 +75,7 @@ class Preparation:
         """Record the op graph on the first batch and look up every op's candidates."""
         graph = self._data.record()
         self._candidates = self._candidates_of(graph.ops)
+        check_operands(graph.ops, self._wanted(graph.ops))
         self.float_costs = CostModel(self.model.model, graph).costs({})
         return graph
 
@@ -124,20 +126,20 @@ class Preparation:
 
     def _wanted(self, ops: Mapping[str, Op]) -> Operands:
         """Return the operands of every op that need a calibrated range."""
-        wanted = {}
-        for name, components in components_wanted(ops, self._candidates_of(ops)).items():
-            static = (index for index, scheme in components if _needs_range(index, scheme))
-            wanted[name] = tuple(dict.fromkeys(static))
-        return wanted
+        components = components_wanted(ops, self._candidates_of(ops))
+        return {
+            name: tuple((i, s) for i, s in found if i not in (WEIGHT, BIAS) and s.needs_range)
+            for name, found in components.items()
+        }
 
     def _statics(self, options: Options) -> list[tuple[str, int, TensorScheme]]:
         """Return every static activation scheme that the options use."""
+        ops = self._data.graph.ops
         found: dict[tuple[str, int, TensorScheme], None] = {}
         for name, candidates in _candidates_from(options).items():
             for candidate in candidates:
-                for index, scheme in components_of(self._data.graph.ops[name], candidate.config):
-                    if _needs_range(index, scheme):
-                        found[name, index, scheme] = None
+                for index, scheme in static_operands(ops[name], candidate.config):
+                    found[name, index, scheme] = None
         return list(found)
 
     def _predict(self, progress: Progress) -> Options:
@@ -159,11 +161,6 @@ class Preparation:
                 for option in options
             }
         return payload
-
-
-def _needs_range(index: int, scheme: TensorScheme) -> bool:
-    """Return whether a component is an activation whose range must be calibrated."""
-    return index not in (WEIGHT, BIAS) and scheme.needs_range
 
 
 def _candidates_from(payload: Options) -> Candidates:

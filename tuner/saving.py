@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tuner.costs import named_storage
 from tuner.errors import PlanError, SaveError
 from tuner.isolation import copied
-from tuner.model import OUTPUT, InstrumentedModel
+from tuner.model import InstrumentedModel
+from tuner.operands import static_operands
 from tuner.ops import Op, Product, WeightRef
 from tuner.packed_tensor import (
     PART_NAMES,
@@ -117,22 +118,24 @@ class SavedRanges:
     """Quantization parameters of activations as they were saved."""
 
     def __init__(self, order: list[Any], tensors: Mapping[str, Tensor]) -> None:
-        keys = [(str(op), int(index)) for op, index in order]
-        self._position = {key: position for position, key in enumerate(keys)}
-        self._scales = tensors.get(_SCALES, torch.empty(0))
-        self._zero_points = tensors.get(_ZERO_POINTS, torch.empty(0, dtype=torch.int32))
+        counts = [int(slices[0]) if slices else 1 for _, _, *slices in order]
+        scales = tensors.get(_SCALES, torch.empty(0)).split(counts)
+        zero_points = tensors.get(_ZERO_POINTS, torch.empty(0, dtype=torch.int32)).split(counts)
+        self._known: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        for (op, index, *slices), scale, zero_point in zip(order, scales, zero_points, strict=True):
+            found = (scale, zero_point) if slices else (scale[0], zero_point[0])
+            self._known[str(op), int(index)] = found
 
     def qparams(self, op: str, operand: int, scheme: TensorScheme) -> QParams:
         """Return the saved parameters of an operand."""
-        position = self._position.get((op, operand))
-        if position is None:
+        if (op, operand) not in self._known:
             raise PlanError(f"{op}: no range was saved for operand {operand} (calibrate again)")
-        zero_point = self._zero_points[position]
-        has_one = not scheme.symmetric or bool(zero_point != 0)
-        return QParams(self._scales[position], zero_point if has_one else None)
+        scale, zero_point = self._known[op, operand]
+        has_one = not scheme.symmetric or bool((zero_point != 0).any())
+        return QParams(scale, zero_point if has_one else None)
 
 
-def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
+def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[int | str, ...]]]:
     """Return all tensors to write, and the order of the activations' parameters."""
     model = parts.model
     needless = folded_names(model.model, parts.folded)
@@ -154,19 +157,30 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
         tensors.update(_named(*model.biases.stored(op)))
     for path in packed_paths:
         tensors.update(_float_rows(path, model, weights))
-    order, scales, zero_points = [], [], []
-    for name in parts.plan:
-        site = model.runtime.sites.get(name)
-        quantizers = [] if site is None else [*enumerate(site.inputs), (OUTPUT, site.output)]
-        for index, quantizer in quantizers:
-            if quantizer is not None and quantizer.qparams and quantizer.scheme.needs_range:
-                order.append((name, index))
-                scales.append(torch.as_tensor(quantizer.qparams.scale).detach().cpu().reshape(()))
-                zero_points.append(int(quantizer.qparams.zero_point or 0))
-    if order:
-        tensors[_SCALES] = torch.stack(_promoted(scales))
-        tensors[_ZERO_POINTS] = torch.tensor(zero_points, dtype=torch.int32)
-    return tensors, order
+    order, activations = _activations(parts)
+    return tensors | activations, order
+
+
+def _activations(parts: Parts) -> tuple[list[tuple[int | str, ...]], dict[str, Tensor]]:
+    """Return the static parameters of activations one after the other, and what they are of.
+
+    That is (operation, operand) per tensor, (operation, operand, slices) along an axis.
+    """
+    order: list[tuple[int | str, ...]] = []
+    scales, zero_points = [], []
+    for name, config in parts.plan.items():
+        for index, scheme in static_operands(parts.model.ops[name], config):
+            qparams = parts.model.qparams(name, index, scheme)
+            assert qparams is not None
+            scale = torch.as_tensor(qparams.scale).detach().cpu()
+            zero = 0 if qparams.zero_point is None else qparams.zero_point
+            zero_point = torch.as_tensor(zero, dtype=torch.int32).cpu()
+            order.append((name, index, *scale.shape))
+            scales.append(scale.reshape(-1))
+            zero_points.append(zero_point.expand(scale.shape).reshape(-1))
+    if not order:
+        return order, {}
+    return order, {_SCALES: torch.cat(_promoted(scales)), _ZERO_POINTS: torch.cat(zero_points)}
 
 
 def _promoted(scales: list[Tensor]) -> list[Tensor]:

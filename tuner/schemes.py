@@ -29,7 +29,11 @@ _INTEGER_ONLY = ("symmetric", "narrow", "reduce_range", "quant_min", "quant_max"
 class TensorScheme(BaseModel):
     """How one tensor is quantized: format, granularity, zero point, range and calibration.
 
-    `dynamic` takes the range from the tensor itself at run time; otherwise it is calibrated once.
+    `dynamic` takes the range from the tensor itself at run time; otherwise it is calibrated once:
+    of an input or output per tensor or along one axis, in fit(), simulate() and sweep(). There
+    PerChannel(axis) has a scale for each index of the axis, PerGroup(size, axis) for each run of
+    them, PerBlock(size) for each run along the last axis; all other axes share these scales.
+    (`tuner.calibrate` gives a group of one position its own.) The axis must keep its size.
     Block formats have a scale of their own for each block on the last axis, whatever the
     granularity says; fp16, bf16 and fp32 have no scale. `backward_format` rounds the gradient that
     flows back, scaled so that its largest magnitude fits. For integers only: `symmetric=False` has

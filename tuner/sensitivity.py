@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from tuner.batches import Feeder, batch_size
 from tuner.biases import counts_products
 from tuner.capture import Capture, CapturedCall, surrogate_loss
-from tuner.model import OUTPUT, InstrumentedModel
+from tuner.granularity import PerTensor
+from tuner.model import InstrumentedModel
+from tuner.operands import OUTPUT, Static, operand_shape
 from tuner.ops import Op
 from tuner.schemes import OpConfig, TensorScheme
+from tuner.slices import axis_length
 from tuner.tensors import map_tensors
 
 _log = logging.getLogger(__name__)
@@ -81,6 +84,7 @@ class SensitivityAnalysis:
         self._model = model
         self._feeder = feeder
         self._components = {name: tuple(c) for name, c in components.items() if c}
+        self._sliced = {n: s for n, c in components.items() if (s := _sliced(c))}
         self._grams = {n: torch.zeros(len(c), len(c)) for n, c in self._components.items()}
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
@@ -108,12 +112,25 @@ class SensitivityAnalysis:
             if samples <= 0:
                 return
             calls = self._tried(part, gradients=True)
-            if calls is None:  # it does not take slices, or not with gradients
+            if calls is None or not self._fit(calls):  # no parts of batches, or no gradients
                 calls = self._tried(batch, gradients=True) or self._captured(batch, False)
                 size = samples = batch_size(batch)
             self._add(calls, advance)
             self._samples += size
             samples -= size
+
+    def _fit(self, calls: Mapping[str, Sequence[CapturedCall]]) -> bool:
+        """Return whether scales along an axis fit: where it holds samples, a part has too few."""
+        for name, statics in self._sliced.items():
+            op = self._model.ops[name]
+            for captured in calls.get(name, ()):
+                shapes = _shapes(captured)
+                for index, scheme in statics:
+                    shape, whole = shapes[index], operand_shape(op, index)
+                    reach = scheme.granularity
+                    if axis_length(shape, reach) != axis_length(whole, reach):
+                        return False
+        return True
 
     def _tried(self, batch: Any, gradients: bool) -> dict[str, list[CapturedCall]] | None:
         try:
@@ -203,6 +220,23 @@ class SensitivityAnalysis:
             return captured.replay(lambda i, x: x)
         finally:
             biases.set(op, OpConfig.float(), scale)
+
+
+def _sliced(components: Sequence[Component]) -> tuple[Static, ...]:
+    """Return the activations with static scales along an axis."""
+    activations = ((i, s) for i, s in components if i not in (WEIGHT, BIAS) and s.needs_range)
+    return tuple((i, s) for i, s in activations if not isinstance(s.granularity, PerTensor))
+
+
+def _shapes(captured: CapturedCall) -> dict[int, tuple[int, ...]]:
+    """Return the shapes of a call's operands and of its output."""
+    shapes: dict[int, tuple[int, ...]] = {}
+
+    def look(index: int, x: Tensor) -> Tensor:
+        shapes[index] = tuple(x.shape)
+        return x
+
+    return shapes | {OUTPUT: tuple(_head(captured.replay(look)).shape)}
 
 
 @contextmanager

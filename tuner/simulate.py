@@ -11,9 +11,9 @@ from tuner.config import Rule
 from tuner.data_pass import DataPass, Wanted
 from tuner.errors import DataError, SpaceError, TunerError
 from tuner.isolation import copied, isolated_random_state
-from tuner.model import OUTPUT, InstrumentedModel
-from tuner.observe import Operands
+from tuner.model import InstrumentedModel
 from tuner.op_rules import Shapes, fitted, matching_ops
+from tuner.operands import OUTPUT, Operands, static_operands
 from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.ranges import QParams
@@ -50,7 +50,9 @@ def simulate(
     Args:
         model: the float model; it is never changed.
         inputs: the scheme of all inputs, or the name of a format: "e4m3fn" stands for
-            TensorScheme(format="e4m3fn"). None leaves them in float.
+            TensorScheme(format="e4m3fn"). None leaves them in float. Static scales along an axis,
+            as of PerChannel(-1) or PerGroup(32), are shared by all other axes; minmax and ema are
+            the quickest calibrations for many of them, the others keep a histogram of each.
         weights: the scheme of all weights. PerChannel(axis) counts the axes of the weight itself:
             output channels are axis 0, and 1 in a transposed convolution.
         outputs: the scheme of all outputs.
@@ -63,7 +65,8 @@ def simulate(
         calib_samples: how many samples to read at most.
 
     Raises:
-        DataError: a static range is asked for without data, or the data cannot be used.
+        DataError: a static range is asked for without data, or the data cannot be used: for scales
+            along an axis its size must not change.
         SpaceError: a rule matches nothing or has several options, or nothing would be quantized.
         TunerError: the model, a scheme or a format name cannot be used.
     """
@@ -106,7 +109,8 @@ class Wish:
 
     def operands(self, ops: Mapping[str, Op]) -> Operands:
         """Return the operands of each op that need a range."""
-        return {name: static_operands(config) for name, config in self.plan(ops).items()}
+        plan = self.plan(ops)
+        return {name: static_operands(ops[name], config) for name, config in plan.items()}
 
     def _default(self, op: Op) -> OpConfig:
         """Return the configuration of an op that no rule names: of embeddings, the weight only."""
@@ -138,13 +142,6 @@ def calibrate_for(
 def parameter_shapes(model: nn.Module) -> Shapes:
     """Return the shape of every parameter, by name."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def static_operands(config: OpConfig) -> tuple[int, ...]:
-    """Return the operands of a fitted configuration (OUTPUT for the output) that need a range."""
-    inputs = config.inputs if isinstance(config.inputs, tuple) else ()
-    schemes = {**dict(enumerate(inputs)), OUTPUT: config.output}
-    return tuple(i for i, scheme in schemes.items() if scheme is not None and scheme.needs_range)
 
 
 def as_scheme(name: str, given: SchemeOrName | None) -> TensorScheme | None:

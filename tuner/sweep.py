@@ -16,7 +16,7 @@ from tuner.criteria import AccuracyGoal
 from tuner.errors import SaveError, SpaceError, TunerError, TuningCancelled
 from tuner.isolation import copied, isolated_random_state
 from tuner.model import InstrumentedModel
-from tuner.observe import Operands
+from tuner.operands import Operands, Static, static_operands
 from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.progress import Progress
@@ -24,7 +24,7 @@ from tuner.records import TrialRecord, decode_floats, encode_floats
 from tuner.report import sweep as plot
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.session import EvalFunc, Evaluator, evaluate_baseline
-from tuner.simulate import calibrate_for, static_operands
+from tuner.simulate import calibrate_for
 from tuner.sweep_entries import PARTS, Entry, Part, read_entries, read_parts
 
 _VERSION = 1
@@ -259,10 +259,10 @@ class _Sweep:
 
 def _operands_of(entries: Sequence[Entry]) -> Callable[[Mapping[str, Op]], Operands]:
     def wanted(ops: Mapping[str, Op]) -> Operands:
-        found: dict[str, tuple[int, ...]] = {}
+        found: dict[str, tuple[Static, ...]] = {}
         for op in ops.values():
             if op.by_default:
-                static = (i for e in entries for i in static_operands(e.on(op, "both")))
+                static = (s for e in entries for s in static_operands(op, e.on(op, "both")))
                 found[op.name] = tuple(dict.fromkeys(static))
         return found
 

@@ -230,7 +230,7 @@ def test_one_summary_serves_the_ops_that_share_an_input() -> None:
     net = seeded(Attention)
     model, x = instrumented(net)
     parts = [f"attention/{p}_proj" for p in "qkv"]
-    observer = Observer({name: (0,) for name in parts})
+    observer = Observer({name: ((0, A8),) for name in parts})
     with torch.no_grad(), model.watching(observer):
         net(x)
     summaries = {id(observer.statistics[name, 0].overall.histogram) for name in parts}
@@ -238,6 +238,6 @@ def test_one_summary_serves_the_ops_that_share_an_input() -> None:
     assert {s.minimum for s in values} == {float(x.min())}
     assert {s.maximum for s in values} == {float(x.max())}
     assert summaries
-    ranges = CalibratedRanges(observer.statistics)
+    ranges = CalibratedRanges(observer)
     qparams = [ranges.qparams(name, 0, A8) for name in parts]
     assert len({float(q.scale) for q in qparams}) == 1

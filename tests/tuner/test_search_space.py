@@ -285,9 +285,3 @@ def test_calibration_methods_that_are_tried(scheme: TensorScheme, methods: list[
 def test_nothing_to_quantize() -> None:
     with pytest.raises(SpaceError, match="nothing in this model can be quantized"):
         Preparation(nn.ReLU(), [torch.randn(2, 3)], None, TuningConfig()).record()
-
-
-def test_static_per_channel_inputs_are_refused() -> None:
-    rule = Rule(names=["head"], options=[OpConfig(inputs=TensorScheme(granularity=PerChannel(1)))])
-    with pytest.raises(Exception, match="per_channel"):
-        prepared(seeded(ConvNet), SearchSpace(rules=[rule]))
