@@ -119,8 +119,14 @@ class SavedRanges:
 
     def __init__(self, order: list[Any], tensors: Mapping[str, Tensor]) -> None:
         counts = [int(slices[0]) if slices else 1 for _, _, *slices in order]
-        scales = tensors.get(_SCALES, torch.empty(0)).split(counts)
-        zero_points = tensors.get(_ZERO_POINTS, torch.empty(0, dtype=torch.int32)).split(counts)
+        empty = torch.empty(0)
+        stored = [tensors.get(name, empty) for name in (_SCALES, _ZERO_POINTS)]
+        if any(len(values) != sum(counts) for values in stored):
+            raise SaveError(
+                f"{_CONFIG} is damaged: it speaks of {sum(counts)} scales of activations, and "
+                f"{_WEIGHTS} holds {len(stored[0])}"
+            )
+        scales, zero_points = (values.split(counts) for values in stored)
         self._known: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         for (op, index, *slices), scale, zero_point in zip(order, scales, zero_points, strict=True):
             found = (scale, zero_point) if slices else (scale[0], zero_point[0])

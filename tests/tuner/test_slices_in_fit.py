@@ -24,6 +24,7 @@ from tuner import (
     TuningConfig,
     quantization,
 )
+from tuner.errors import SaveError
 from tuner.granularity import Granularity
 from tuner.observe import CalibratedRanges, Observer
 from tuner.operands import OUTPUT
@@ -100,6 +101,15 @@ def test_affine_zero_points_survive_saving(tmp_path: Path) -> None:
     zero_points = site_qparams(loaded.model, "conv")[1]
     assert zero_points is not None
     assert len(set(zero_points.tolist())) > 1
+
+
+def test_a_directory_with_another_number_of_scales_is_damaged(tmp_path: Path) -> None:
+    searched(TensorScheme(granularity=PerChannel(1)), batches(8)).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["activations"][0][2] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SaveError, match=r"config.json is damaged: .* 12 scales .* holds 11"):
+        quantization.load(tmp_path, Net())
 
 
 def test_a_resumed_study_judges_with_the_stored_scales(tmp_path: Path) -> None:
