@@ -32,7 +32,7 @@ from tuner.session import (
     model_signature,
 )
 from tuner.simulate import simulate
-from tuner.storage import StudyHeader, StudyStore
+from tuner.storage import Storage, StudyHeader, StudyStore
 from tuner.sweep import sweep
 
 __all__ = ["fit", "load", "simulate", "sweep"]
@@ -46,7 +46,7 @@ def fit(
     *,
     forward: Callable[[Any, Any], Any] | None = None,
     train_func: None = None,
-    storage: str | None = None,
+    storage: str | Storage | None = None,
     study_name: str | None = None,
     executor: None = None,
     callbacks: Iterable[Callback] = (),
@@ -115,7 +115,7 @@ class _Run:
         model: nn.Module,
         eval_func: EvalFunc,
         random_state: RandomState,
-        place: tuple[str | None, str | None],
+        place: tuple[str | Storage | None, str | None],
         callbacks: Iterable[Callback],
     ) -> QuantizedModel:
         space = hashlib.sha256(self._preparation.signature().encode()).hexdigest()[:16]
@@ -276,7 +276,8 @@ def _refuse(
     for name, function in functions:
         if function is not None and not callable(function):
             raise TunerError(f"{name} is a {type(function).__name__}: give a function")
-    for name, text in (("storage", storage), ("study_name", study_name)):
+    url = storage.url if isinstance(storage, Storage) else storage
+    for name, text in (("storage", url), ("study_name", study_name)):
         if text is not None and not isinstance(text, str):
             raise TunerError(f"{name} is a {type(text).__name__}: give a string")
     later = {

@@ -4,11 +4,11 @@ import json
 import re
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
@@ -21,6 +21,7 @@ from sqlalchemy import (
     Pool,
     StaticPool,
     String,
+    Table,
     UniqueConstraint,
     create_engine,
     event,
@@ -99,6 +100,22 @@ class TrialRow(Base):
     record: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
+_TABLES = [cast(Table, row.__table__) for row in (StudyRow, TrialRow)]  # others may share Base
+Guard = Callable[[Session, int, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A database, and what runs in the transaction that stores a trial, before it is stored.
+
+    `guard(session, number, record)` may write to other tables, so that both are stored or none;
+    what it raises goes on as it is, and the trial is not stored.
+    """
+
+    url: str
+    guard: Guard | None = None
+
+
 @dataclass(frozen=True)
 class StudyHeader:
     """What must be the same for a study to be resumed.
@@ -136,21 +153,28 @@ class StudyStore:
     methods. Every error of the database is a StorageError; what was added before it stays.
     """
 
-    def __init__(self, engine: Engine, study_id: int, name: str, resumed: bool) -> None:
+    def __init__(
+        self, engine: Engine, study_id: int, name: str, resumed: bool, guard: Guard | None
+    ) -> None:
         self.name = name
         self.resumed = resumed
         self._engine = engine
         self._study_id = study_id
+        self._guard = guard
 
     @classmethod
-    def open(cls, url: str | None, name: str | None, header: StudyHeader) -> "StudyStore":
+    def open(
+        cls, storage: Storage | str | None, name: str | None, header: StudyHeader
+    ) -> "StudyStore":
         """Create the study of this name, or resume it if its header is the same.
 
-        `url` is `sqlite:///path` or `postgresql://user:password@host/database`; a `name` of None
+        A URL is `sqlite:///path` or `postgresql://user:password@host/database`; a `name` of None
         makes one up. Raises StorageError where the database cannot be used, and where the stored
         header differs, naming each difference.
         """
         name = f"study-{secrets.token_hex(4)}" if name is None else _checked_name(name)
+        guard = storage.guard if isinstance(storage, Storage) else None
+        url = storage.url if isinstance(storage, Storage) else storage
         engine = _engine(_parsed(_MEMORY if url is None else url))
         try:
             with _storage_errors(engine):
@@ -159,7 +183,7 @@ class StudyStore:
         except StorageError:
             engine.dispose()
             raise
-        return cls(engine, study_id, name, resumed)
+        return cls(engine, study_id, name, resumed, guard)
 
     def records(self) -> list[dict[str, Any]]:
         """Return the stored records in the order of their numbers, the baseline's first."""
@@ -177,6 +201,8 @@ class StudyStore:
         )
         try:
             with _storage_errors(self._engine), Session(self._engine) as session, session.begin():
+                if self._guard is not None:
+                    self._guard(session, number, row.record)
                 session.add(row)
         except IntegrityError as error:
             raise self._refused(number, error) from error
@@ -277,14 +303,14 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> N
 
 def _create_tables(engine: Engine) -> None:
     try:
-        Base.metadata.create_all(engine)
+        Base.metadata.create_all(engine, _TABLES)
     except DBAPIError as error:
         # Another process may have created them between the look and the creation.
         if not any(words in str(error.orig) for words in ("already exists", "duplicate key")):
             raise
-        Base.metadata.create_all(engine)
+        Base.metadata.create_all(engine, _TABLES)
     found = inspect(engine)
-    for table in Base.metadata.sorted_tables:
+    for table in _TABLES:
         missing = set(table.columns.keys()) - {c["name"] for c in found.get_columns(table.name)}
         if missing:
             raise StorageError(
