@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from tuner import formats
-from tuner.granularity import PerBlock, PerGroup
+from tuner.granularity import PerBlock, PerGroup, PerTensor
 from tuner.kernels import Grid, check_floats, snap
+from tuner.kernels.buffers import POOL
+from tuner.kernels.native import takes
 from tuner.qparams import (
     QParams,
     check_qparams,
@@ -34,16 +36,30 @@ class Quantizer:
         self.qparams = qparams
         self._grids: dict[tuple[torch.device, torch.dtype], Grid] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_grids": {}}  # they hold addresses in this process
+
     def __call__(self, x: Tensor) -> Tensor:
         check_floats(x, "quantization")
         # what follows is arithmetic on plain tensors: no function mode needs to see it
         with torch._C.DisableTorchFunction():
+            if not x.is_contiguous() and _has_gaps_between_rows(x):
+                x = _closed_up(x)  # as the op would, and before it: kernels want no gaps
             if self.qparams is None:
                 return fake_quantize(x, self.scheme)
             grid = self._grid(x, self.qparams)
             if x.requires_grad and torch.is_grad_enabled():
                 return fake_quantize_on(x, grid)
             return snap(x, grid)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether pieces of a tensor come out as they do from the whole."""
+        return (
+            self.qparams is not None
+            and isinstance(self.scheme.reach, PerTensor)
+            and formats.get(self.scheme.format).forward is None
+        )
 
     def describe(self) -> str:
         """Return one line for people: 'int8 per-tensor affine, scale 0.0123, zero point 12'."""
@@ -70,6 +86,23 @@ class Quantizer:
         if grid is None:
             grid = self._grids[key] = grid_of(self.scheme, qparams, x)
         return grid
+
+
+def _has_gaps_between_rows(x: Tensor) -> bool:
+    """Whether rows of the last axis are dense, but do not follow one another: a part of a tensor.
+
+    Other tensors keep their order in memory: convolutions compute by it.
+    """
+    if torch.compiler.is_compiling() or not x.ndim or x.stride(-1) != 1:
+        return False
+    reach = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return reach + 1 != x.numel()
+
+
+def _closed_up(x: Tensor) -> Tensor:
+    if not takes(x) or (x.requires_grad and torch.is_grad_enabled()):
+        return x.contiguous()
+    return POOL.empty_rows(x.shape, x.dtype).copy_(x)
 
 
 def _reach(scheme: TensorScheme) -> str:

@@ -56,10 +56,17 @@ class Site:
         quantizer = self.inputs[index] if index < len(self.inputs) else None
         return x if quantizer is None else quantizer(x)
 
-    def run(self, call: Call) -> Any:
-        """Compute the call as this site's quantizers say."""
+    def splits(self, index: int) -> bool:
+        """Return whether an operand may be fake-quantized in pieces."""
+        quantizer = self.inputs[index] if index < len(self.inputs) else None
+        return quantizer is None or quantizer.is_elementwise
+
+    def run(
+        self, family: Family, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Compute a call as this site's quantizers say."""
         self.calls += 1
-        output = call.invoke(self.operand)
+        output = family.compute(self.operand, self.splits, fn, args, kwargs)
         if self.output is None:
             return output
         return self.output(output) if isinstance(output, Tensor) else self._first(output)
@@ -81,8 +88,12 @@ class Tap(Protocol):
 
 
 class _Frames(threading.local):
+    """The running scopes, innermost last: path, and calls by function (None: of no interest)."""
+
     def __init__(self) -> None:
-        self.stack: list[tuple[str, dict[str, int]]] = []
+        self.stack: list[tuple[str, dict[str, int] | None]] = []
+        self.owners: set[str] | None = None
+        self.has_mode = False
 
 
 class Runtime:
@@ -103,38 +114,69 @@ class Runtime:
         """Return the site of this name, made on first use."""
         return self.sites.setdefault(name, Site(name))
 
-    def run(self, name: str, call: Call) -> Any:
+    def run(
+        self,
+        name: str,
+        family: Family,
+        fn: Callable[..., Any],
+        args: Any,
+        kwargs: Mapping[str, Any],
+        module: nn.Module | None = None,
+    ) -> Any:
         """Compute a call at a site, through the tap where one is set."""
         if self.tap is not None:
-            return self.tap.run(self.site(name), call)
+            return self.tap.run(self.site(name), Call(family, fn, args, kwargs, module))
         site = self.sites.get(name)
-        return call.fn(*call.args, **call.kwargs) if site is None else site.run(call)
+        return fn(*args, **kwargs) if site is None else site.run(family, fn, args, kwargs)
 
     def run_function(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute a torch function call, as a site if it is one that can be quantized."""
         stack = self.frames.stack
+        path, counts = stack[-1] if stack else ("", None)
+        if counts is None:
+            return fn(*args, **kwargs)
         entry = FUNCTIONS.get(fn)
-        if entry is None or not stack or not entry[1].accepts(args, kwargs):
-            if self.tap is None or not stack:
+        if entry is None or not entry[1].accepts(args, kwargs):
+            if self.tap is None:
                 return fn(*args, **kwargs)
-            return self.tap.other(stack[-1][0], fn, args, kwargs)
-        path, counts = stack[-1]
+            return self.tap.other(path, fn, args, kwargs)
         index = counts.get(entry[0], 0)
         counts[entry[0]] = index + 1
-        return self.run(f"{path}/{entry[0]}:{index}", Call(entry[1], fn, args, kwargs))
+        return self.run(f"{path}/{entry[0]}:{index}", entry[1], fn, args, kwargs)
 
     def scoped(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a module's forward as the innermost scope; the outermost one starts the mode."""
-        stack = self.frames.stack
-        stack.append((path, {}))
+        """Run a module's forward as the innermost scope.
+
+        The mode, through which every torch function call is slower, starts where the first scope
+        with sites does.
+        """
+        frames = self.frames
+        stack = frames.stack
+        if not stack:
+            frames.owners = self._owners()
+        is_owner = frames.owners is None or path in frames.owners
+        stack.append((path, {} if is_owner else None))
         depth = len(stack)
         try:
-            if depth > 1:
+            if frames.has_mode or not is_owner:
                 return forward(*args, **kwargs)
+            return self._watched(forward, args, kwargs)
+        finally:
+            del stack[depth - 1 :]
+
+    def _owners(self) -> set[str] | None:
+        """Return the scopes whose function calls matter; None where a tap wants all."""
+        if self.tap is not None:
+            return None
+        return {_owner(name) for name in self.sites if "/" in name}
+
+    def _watched(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.frames.has_mode = True
+        try:
             with _CallMode(self):
                 return forward(*args, **kwargs)
         finally:
-            del stack[depth - 1 :]
+            self.frames.has_mode = False
 
 
 class _CallMode(TorchFunctionMode):
@@ -181,12 +223,12 @@ class _OpMixin(_Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = partial(self._tuner_base.forward, self)
         assert isinstance(self, nn.Module)
-        call = Call(self._tuner_family, base, args, kwargs, self)
+        call = self._tuner_path, self._tuner_family, base, args, kwargs, self
         runtime = self._tuner_runtime
-        if not runtime.frames.stack:
-            return runtime.run(self._tuner_path, call)
+        if not runtime.frames.has_mode:
+            return runtime.run(*call)
         with torch._C.DisableTorchFunction():
-            return runtime.run(self._tuner_path, call)
+            return runtime.run(*call)
 
 
 class _ScopeMixin(_Swapped):
@@ -208,7 +250,7 @@ class _AttentionMixin(_Swapped):
         def site(part: str, fn: Callable[..., Any], *operands: Any) -> Any:
             family = from_matmul if fn is torch.matmul else from_linear
             name = f"{self._tuner_path}/{part}"
-            return self._tuner_runtime.run(name, Call(family, fn, operands, {}))
+            return self._tuner_runtime.run(name, family, fn, operands, {})
 
         assert isinstance(self, nn.MultiheadAttention)
         with torch._C.DisableTorchFunction():

@@ -2,13 +2,23 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tuner.ops.base import CallFacts, Family, Operand, Product, is_float_tensor, tensor_slot
+from tuner.ops.attention_blocks import attend, can_attend
+from tuner.ops.base import (
+    CallFacts,
+    Family,
+    Operand,
+    Product,
+    Splits,
+    is_float_tensor,
+    tensor_slot,
+)
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 QUERY, KEY, PROBABILITIES, VALUE = range(4)
@@ -38,14 +48,35 @@ class AttentionFamily(Family):
             repeat = query.shape[-3] // key.shape[-3]
             key = key.repeat_interleave(repeat, -3)
             value = value.repeat_interleave(repeat, -3)
-        scale = bound.get("scale")
-        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         scores = operand(QUERY, query) @ operand(KEY, key).transpose(-2, -1)
-        scores = _masked(scores * scale, bound.get("attn_mask"), bool(bound.get("is_causal")))
+        scores = scores.mul_(_scale(bound, query))
+        scores = _masked(scores, bound.get("attn_mask"), bool(bound.get("is_causal")))
         probabilities = _softmax(scores)
         if bound.get("dropout_p"):
             probabilities = F.dropout(probabilities, bound["dropout_p"])
         return operand(PROBABILITIES, probabilities) @ operand(VALUE, value)
+
+    def compute(
+        self,
+        operand: Operand,
+        splits: Splits,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Compute attention block by block where it is plain, else as `invoke` does."""
+        bound = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+        tensors = [bound[name] for name in _NAMES[:3]]
+        is_plain = bound.get("attn_mask") is None and not (
+            bound.get("dropout_p") or bound.get("enable_gqa")
+        )
+        if is_plain and splits(PROBABILITIES) and can_attend(*tensors):
+            q, k, v = map(operand, (QUERY, KEY, VALUE), tensors)
+            scale, is_causal = _scale(bound, q), bool(bound.get("is_causal"))
+            out = attend(q, k, v, scale, is_causal, partial(operand, PROBABILITIES))
+            if out is not None:
+                return out
+        return self.invoke(operand, fn, args, kwargs)
 
     def products(self, call: CallFacts) -> tuple[Product, ...]:
         """Count q kᵀ and p v."""
@@ -56,11 +87,17 @@ class AttentionFamily(Family):
         )
 
 
+def _scale(bound: Mapping[str, Any], query: Tensor) -> float:
+    scale: float | None = bound.get("scale")
+    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
 def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Mask scores, which nobody else holds: causal ones in place."""
     if is_causal:
         lengths = scores.shape[-2:]
-        causal = torch.ones(lengths, dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~causal, float("-inf"))
+        hidden = torch.ones(lengths, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill_(hidden, float("-inf"))
     if mask is None:
         return scores
     if mask.dtype == torch.bool:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 Operand = Callable[[int, Tensor], Tensor]
 """Receives (operand index, tensor) and returns the tensor to compute with."""
 
+Splits = Callable[[int], bool]
+"""Tells of an operand index whether its tensor may be passed in pieces."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -108,6 +111,17 @@ class Family(ABC):
     ) -> Any:
         """Call fn with its operands passed through `operand`."""
 
+    def compute(
+        self,
+        operand: Operand,
+        splits: Splits,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Compute what `invoke` does, to the bit, where nobody looks at whole operands."""
+        return self.invoke(operand, fn, args, kwargs)
+
     @abstractmethod
     def products(self, call: CallFacts) -> tuple[Product, ...]:
         """Return the multiply-accumulates of this call, over the whole batch."""
@@ -135,22 +149,6 @@ def tensor_slot(
     if position < len(args):
         return args[position]
     return next((kwargs[name] for name in names if name in kwargs), None)
-
-
-def with_slots(
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    slots: Mapping[tuple[int, tuple[str, ...]], Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return (args, kwargs) with the arguments at these (position, names) replaced."""
-    new_args, new_kwargs = list(args), dict(kwargs)
-    for (position, names), value in slots.items():
-        if position < len(new_args):
-            new_args[position] = value
-        else:
-            name = next(name for name in names if name in new_kwargs)
-            new_kwargs[name] = value
-    return tuple(new_args), new_kwargs
 
 
 def is_float_tensor(value: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tuner.ops.base import Family, Operand, is_float_tensor, tensor_slot, with_slots
+from tuner.ops.base import Family, Operand, is_float_tensor, tensor_slot
 
 Slot = tuple[int, tuple[str, ...]]
 
@@ -24,13 +24,16 @@ class SlotFamily(Family):
         kwargs: Mapping[str, Any],
     ) -> Any:
         """Call fn with the tensors in its slots passed through `operand`."""
-        values: dict[Slot, Any] = {}
-        for index, slot in enumerate(self.slots):
-            value = tensor_slot(args, kwargs, slot[0], *slot[1])
-            if is_float_tensor(value):
-                values[slot] = operand(index, value)
-        new_args, new_kwargs = with_slots(args, kwargs, values)
-        return fn(*new_args, **new_kwargs)
+        positional, named = list(args), dict(kwargs)
+        for index, (position, names) in enumerate(self.slots):
+            value = tensor_slot(args, kwargs, position, *names)
+            if not is_float_tensor(value):
+                continue
+            if position < len(args):
+                positional[position] = operand(index, value)
+            else:
+                named[next(name for name in names if name in named)] = operand(index, value)
+        return fn(*positional, **named)
 
     def accepts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Return whether every required operand is a floating-point tensor."""
