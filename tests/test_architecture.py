@@ -39,7 +39,8 @@ ORDER = (
     ("op_rules", "search_space"),
     ("report", "exporters", "results", "progress", "storage"),
     ("op_table", "saving", "quantized_model", "preparation", "simulate"),
-    ("session", "sweep_entries", "sweep"),
+    ("evaluation", "sweep_entries"),
+    ("session", "sweep"),
     ("quantization", "recipes"),
     ("cli",),
 )

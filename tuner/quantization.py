@@ -12,6 +12,7 @@ from torch import nn
 
 from tuner.config import TuningConfig
 from tuner.errors import NothingQuantizedWarning, TunerError, UnsupportedError
+from tuner.evaluation import EvalFunc, Evaluator, evaluate_baseline
 from tuner.isolation import RandomState, copied, isolated_random_state
 from tuner.op_table import op_table
 from tuner.plan import Plan
@@ -22,15 +23,7 @@ from tuner.records import TrialRecord
 from tuner.results import StopReason, TuningResult
 from tuner.saving import Parts, load_parts
 from tuner.schemes import OpConfig
-from tuner.session import (
-    Callback,
-    EvalFunc,
-    Evaluator,
-    Session,
-    evaluate_baseline,
-    judged,
-    model_signature,
-)
+from tuner.session import Callback, Session, judged, model_signature
 from tuner.simulate import simulate
 from tuner.storage import Storage, StudyHeader, StudyStore
 from tuner.sweep import sweep

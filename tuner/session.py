@@ -3,13 +3,11 @@
 import hashlib
 import logging
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import strategies
 from strategies.base import Outcome, Proposal
@@ -19,76 +17,18 @@ from tuner.config import TuningConfig
 from tuner.costs import named_storage
 from tuner.criteria import AccuracyGoal
 from tuner.errors import EvaluationError, PlanError, TuningCancelled
-from tuner.isolation import RandomState
+from tuner.evaluation import Evaluator
 from tuner.plan import Plan
 from tuner.preparation import Prepared
 from tuner.progress import Progress
 from tuner.records import TrialRecord
 from tuner.results import StopReason
-from tuner.scores import Score, read_score
 from tuner.storage import StudyStore
 
 _log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 3
-EvalFunc = Callable[[Any], Any]
 Callback = Callable[[TrialRecord], object]
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluator:
-    """Calls the user's `eval_func` under equal conditions: eval mode, the same random state."""
-
-    eval_func: EvalFunc
-    metric: str | None
-    random_state: RandomState
-
-    def __call__(self, model: nn.Module) -> Score:
-        """Return the score of the model as it is."""
-        model.eval()
-        self.random_state.restore()
-        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        dtypes = [p.dtype for p in model.parameters()]
-        try:
-            value = self.eval_func(model)
-        finally:  # what eval_func raised, Ctrl-C too, goes on as it is
-            _restore_buffers(model, before)
-            model.eval()
-        if [p.dtype for p in model.parameters()] != dtypes:
-            raise EvaluationError(
-                "eval_func changed the type of the model's parameters: it must leave the model "
-                "as it is (work on a copy)"
-            )
-        return read_score(value, self.metric)
-
-
-def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Take back what an evaluation did to running statistics and the like."""
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            kept = before.get(name)
-            if kept is not None and kept.shape == buffer.shape:
-                buffer.copy_(kept)
-
-
-def evaluate_baseline(
-    evaluate: Evaluator, model: nn.Module, costs: dict[str, float]
-) -> TrialRecord:
-    """Evaluate the FP32 model; what `eval_func` raises is raised as it is."""
-    started = time.perf_counter()
-    score = evaluate(model)
-    return TrialRecord(
-        number=0,
-        plan=Plan({}),
-        accuracy=score.accuracy,
-        metrics=score.metrics,
-        costs=costs,
-        meets_goal=None,
-        state="complete",
-        duration_s=time.perf_counter() - started,
-        reason="FP32 baseline",
-        scores=score.samples,
-    )
 
 
 def judged(record: TrialRecord, goal: AccuracyGoal, baseline: TrialRecord) -> TrialRecord:
@@ -206,31 +146,12 @@ class Session:
         return self._outcome(proposal.assignment, record)
 
     def _run_plan(self, plan: Plan, reason: str) -> TrialRecord:
-        """Evaluate a plan; what `eval_func` raises becomes a failed record with its traceback."""
-        model = self._prepared.model
-        model.apply(plan)
-        started = time.perf_counter()
-        score, error = Score(float("nan")), None
-        try:
-            score = self._evaluate(model.model)
+        self._prepared.model.apply(plan)
+        attempt = self._evaluate.attempt(self._prepared.model.model)
+        if attempt.error is None:
             self._tell_of_silent_ops()
-        except TuningCancelled:
-            raise
-        except Exception:  # the user's eval_func may raise anything: it is this trial's failure
-            error = traceback.format_exc()
-        return TrialRecord(
-            number=len(self.records) + 1,
-            plan=plan,
-            accuracy=score.accuracy if error is None else None,
-            metrics=score.metrics,
-            costs=self._prepared.costs.costs(plan).to_dict(),
-            meets_goal=False,
-            state="complete" if error is None else "failed",
-            duration_s=time.perf_counter() - started,
-            reason=reason,
-            error=error,
-            scores=score.samples,
-        )
+        costs = self._prepared.costs.costs(plan).to_dict()
+        return attempt.record(len(self.records) + 1, plan, reason, costs)
 
     def _tell_of_silent_ops(self) -> None:
         """Say which quantized ops `eval_func` never ran: their cost counts, their harm does not."""

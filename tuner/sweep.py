@@ -1,8 +1,6 @@
 """How a model withstands fewer and fewer bits: sweep() and SweepResult."""
 
 import json
-import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import nn
 
 from tuner.criteria import AccuracyGoal
 from tuner.errors import SaveError, SpaceError, TunerError, TuningCancelled
+from tuner.evaluation import EvalFunc, Evaluator, evaluate_baseline
 from tuner.isolation import copied, isolated_random_state
 from tuner.model import InstrumentedModel
 from tuner.operands import Operands, Static, static_operands
@@ -23,7 +22,6 @@ from tuner.progress import Progress
 from tuner.records import TrialRecord, decode_floats, encode_floats
 from tuner.report import sweep as plot
 from tuner.schemes import OpConfig, TensorScheme
-from tuner.session import EvalFunc, Evaluator, evaluate_baseline
 from tuner.simulate import calibrate_for
 from tuner.sweep_entries import PARTS, Entry, Part, read_entries, read_parts
 
@@ -229,26 +227,10 @@ class _Sweep:
         )
 
     def _evaluated(self, plan: Plan, reason: str) -> TrialRecord:
-        started, accuracy, metrics, error = time.perf_counter(), None, {}, None
-        try:
-            score = self._evaluate(self._model.model)
-            accuracy, metrics = score.accuracy, dict(score.metrics)
-        except TuningCancelled:
-            raise
-        except Exception:  # the user's eval_func may raise anything: it is this row's failure
-            error = traceback.format_exc()
-        return TrialRecord(
-            number=len(self._records) + 1,
-            plan=plan,
-            accuracy=accuracy,
-            metrics=metrics,
-            costs={},
-            meets_goal=accuracy is not None and self._goal.meets(accuracy, self._fp32),
-            state="complete" if error is None else "failed",
-            duration_s=time.perf_counter() - started,
-            reason=reason,
-            error=error,
-        )
+        attempt = self._evaluate.attempt(self._model.model)
+        accuracy = attempt.score.accuracy
+        meets = attempt.error is None and self._goal.meets(accuracy, self._fp32)
+        return attempt.record(len(self._records) + 1, plan, reason, {}, meets)
 
     def _drop(self, accuracy: float | None) -> float:
         """Return how much worse than FP32 an accuracy is, in its own units."""
