@@ -1,5 +1,7 @@
 """Static ranges along an axis of activations, by simulate(), against torch; what is refused."""
 
+import copy
+import pickle
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -126,6 +128,17 @@ def test_every_net_takes_scales_along_the_last_axis(net_type: type[nn.Module]) -
         output, reference = main_output(sim(x)), main_output(net(x))
         assert 0 < float((output - reference).norm() / reference.norm()) < 0.1
         assert torch.equal(main_output(sim(x[:3])), output[:3])
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(1), PerGroup(2, axis=1)], ids=repr)
+def test_copies_and_pickles_compute_the_same(granularity: Granularity) -> None:
+    (x,) = batches(4)
+    sim = quantization.simulate(Net(), po2(granularity), calib_dataloader=[x])
+    with torch.no_grad():
+        output = sim(x)
+        for twin in (copy.deepcopy(sim), pickle.loads(pickle.dumps(sim))):
+            assert torch.equal(twin(x), output)
+            assert repr(twin) == repr(sim)
 
 
 def test_nonfinite_values_are_left_out_and_counted_once() -> None:
