@@ -5,9 +5,10 @@ from fnmatch import fnmatchcase
 
 from tuner.biases import bias_problem
 from tuner.config import Rule
-from tuner.errors import SpaceError, UnknownNameError, UnsupportedError
+from tuner.errors import SchemeError, SpaceError, UnknownNameError, UnsupportedError
+from tuner.kernels import parameter_shape
 from tuner.ops import Op
-from tuner.schemes import OpConfig
+from tuner.schemes import OpConfig, TensorScheme
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -44,7 +45,7 @@ def fitted(op: Op, config: OpConfig, shapes: Shapes) -> OpConfig:
     """Return a configuration as it applies to one op: a scheme for each tensor that it has.
 
     `shapes` are those of the model's parameters. Raises SpaceError where the op has fewer operands,
-    or cannot have that bias.
+    or cannot have that bias, SchemeError where a weight lacks the scheme's axis.
     """
     if config.recovery:
         raise UnsupportedError(
@@ -65,4 +66,14 @@ def fitted(op: Op, config: OpConfig, shapes: Shapes) -> OpConfig:
     )
     if (problem := bias_problem(op, found, shapes)) is not None:
         raise SpaceError(problem)
+    if found.weight is not None:
+        for ref in op.weights:
+            _check_axis(op, shapes[ref.path], found.weight)
     return found
+
+
+def _check_axis(op: Op, shape: tuple[int, ...], scheme: TensorScheme) -> None:
+    try:
+        parameter_shape(shape, scheme.reach)
+    except SchemeError as error:
+        raise SchemeError(f"{op.name}, weight: {error}") from error

@@ -8,7 +8,14 @@ from torch import nn
 
 from tests.tuner.nets import Functional, inputs_for, seeded
 from tuner import OpConfig, PerChannel, Rule, TensorScheme, TunerError, quantization
-from tuner.errors import DataError, ModelError, SpaceError, UnknownNameError, UnsupportedError
+from tuner.errors import (
+    DataError,
+    ModelError,
+    SchemeError,
+    SpaceError,
+    UnknownNameError,
+    UnsupportedError,
+)
 
 W8 = TensorScheme(format="int8", granularity=PerChannel(0))
 A8 = TensorScheme(format="uint8", symmetric=False)
@@ -53,6 +60,11 @@ REFUSED: dict[str, tuple[type[TunerError], str, dict[str, Any]]] = {
         SpaceError,
         "has 1 input operands, but 2",
         {"rules": [option(OpConfig(inputs=(A8, A8)))]},
+    ),
+    "no axis": (
+        SchemeError,
+        r"^0, weight: .*axis 5 does not exist; choose one from -2 to 1",
+        {"weights": TensorScheme(granularity=PerChannel(5))},
     ),
     "a repair": (UnsupportedError, "recovery", {"rules": [option(OpConfig(recovery=("x",)))]}),
     "forward alone": (TunerError, "give calib_dataloader", {"forward": len, "weights": "int8"}),
