@@ -67,9 +67,7 @@ class AttentionFamily(Family):
         """Compute attention block by block where it is plain, else as `invoke` does."""
         bound = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
         tensors = [bound[name] for name in _NAMES[:3]]
-        is_plain = bound.get("attn_mask") is None and not (
-            bound.get("dropout_p") or bound.get("enable_gqa")
-        )
+        is_plain = bound.get("attn_mask") is None and not bound.get("dropout_p")
         if is_plain and splits(PROBABILITIES) and can_attend(*tensors):
             q, k, v = map(operand, (QUERY, KEY, VALUE), tensors)
             scale, is_causal = _scale(bound, q), bool(bound.get("is_causal"))
