@@ -15,6 +15,11 @@ class ServerError(Exception):
         super().__init__(message)
         self.details: Mapping[str, Any] = details
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers that the answer needs beside the problem document."""
+        return {}
+
 
 class SettingsError(ServerError):
     """The service is set up in a way in which it must not start."""
@@ -55,12 +60,30 @@ class UnauthenticatedError(ServerError):
     status = HTTPStatus.UNAUTHORIZED
     slug = "unauthenticated"
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """How to say who calls."""
+        return {"WWW-Authenticate": 'Bearer realm="accutune"'}
+
 
 class ForbiddenError(ServerError):
     """The token is valid, but does not allow this."""
 
     status = HTTPStatus.FORBIDDEN
     slug = "forbidden"
+
+
+class OriginError(ForbiddenError):
+    """A page of another site sent the request, or it lacks the session's CSRF token."""
+
+    slug = "cross-site"
+
+
+class HostError(ServerError):
+    """The request names a host that this service does not answer to."""
+
+    status = HTTPStatus.BAD_REQUEST
+    slug = "unknown-host"
 
 
 class TooLargeError(ServerError):
@@ -77,11 +100,55 @@ class QuotaError(ServerError):
     slug = "quota-exceeded"
 
 
+class RateLimitError(ServerError):
+    """The caller sends too many requests; `retry_after_s` is in the answer's headers, too."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    slug = "rate-limited"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """When to come again."""
+        return {"Retry-After": str(self.retry_after_s)}
+
+
+class StorageFullError(ServerError):
+    """The disk has no room for what was sent."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    slug = "storage-full"
+
+
 class LeaseLostError(ServerError):
     """Another worker, or nobody, holds the job now: whatever this one computed does not count."""
 
     status = HTTPStatus.CONFLICT
     slug = "lease-lost"
+
+
+class MediaTypeError(ServerError):
+    """What was sent is of a type that this route does not take."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    slug = "unsupported-media-type"
+
+
+class RangeError(ServerError):
+    """None of the bytes that a Range header asks for exist."""
+
+    status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+    slug = "range-not-satisfiable"
+
+
+class NotReadyError(ServerError):
+    """The service runs, but cannot do its work yet."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    slug = "not-ready"
 
 
 class DatabaseError(ServerError):
