@@ -1,6 +1,7 @@
 """Axes of plots: where values sit, and where the ticks are."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -44,3 +45,13 @@ def linear_ticks(axis: Axis) -> tuple[Tick, ...]:
     first, last = math.ceil(axis.low / step), math.floor(axis.high / step)
     digits = max(0, -math.floor(math.log10(step)))
     return tuple(Tick(axis.at(i * step), f"{i * step:.{digits}f}") for i in range(first, last + 1))
+
+
+def log_ticks(axis: Axis, label: Callable[[float], str]) -> tuple[Tick, ...]:
+    """Return ticks at 1, 2 and 5 times the powers of ten that the axis holds."""
+    decades = range(math.floor(axis.low), math.ceil(axis.high) + 1)
+    values = [digit * 10.0**power for power in decades for digit in (1, 2, 5)]
+    held = [value for value in values if axis.holds(value)]
+    if len(held) < 2:
+        held = [10.0 ** (axis.low + share * (axis.high - axis.low)) for share in (0.1, 0.5, 0.9)]
+    return tuple(Tick(axis.at(value), label(value)) for value in held)

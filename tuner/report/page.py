@@ -3,10 +3,9 @@
 import math
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tuner.records import OpSummary
 from tuner.report import text
@@ -24,8 +23,9 @@ _STOPPED = {
     "cancelled": "it was cancelled",
     "no_eval_func": "there was no eval_func: the model was calibrated only",
 }
-_SHADES = (2, 3, 4, 6, 8, 16)
 _FLOAT_BITS = 32
+SHADES = (2, 3, 4, 6, 8, 16, _FLOAT_BITS)
+"""The steps of the colour scale of bits."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ def write(source: ReportSource, path: str | Path) -> Path:
 def render(source: ReportSource) -> str:
     """Return the report as HTML."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("tuner.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "number": text.number,
@@ -56,10 +60,9 @@ def render(source: ReportSource) -> str:
         "size": text.size,
         "seconds": text.seconds,
         "shape": text.shape,
-        "shade": _shade,
+        "shade": shade,
     }
-    template = environment.from_string((files(__package__) / _TEMPLATE).read_text("utf-8"))
-    return template.render(
+    return environment.get_template(_TEMPLATE).render(
         result=source,
         headline=_headline(source),
         change=_change(source),
@@ -68,7 +71,7 @@ def render(source: ReportSource) -> str:
         plot=scatter(source),
         front={record.number for record in source.pareto()},
         rows=_op_rows(source.op_table),
-        shades=(*_SHADES, _FLOAT_BITS),
+        shades=SHADES,
         uncovered_share=_uncovered_share(source),
         config=source.config.model_dump_json(indent=2),
     )
@@ -103,8 +106,8 @@ def _op_rows(ops: tuple[OpSummary, ...]) -> list[OpRow]:
     return [
         OpRow(
             op=op,
-            weight_bits=_bits("W", op),
-            input_bits=_bits("A", op),
+            weight_bits=None if op.parameters == 0 else bits_of("W", op.choice),
+            input_bits=bits_of("A", op.choice),
             damage_share=min(op.predicted_damage / worst, 1.0) if worst > 0 else 0.0,
             cost_width=op.cost_share / dearest if dearest > 0 else 0.0,
         )
@@ -112,17 +115,15 @@ def _op_rows(ops: tuple[OpSummary, ...]) -> list[OpRow]:
     ]
 
 
-def _bits(operand: str, op: OpSummary) -> int | None:
+def bits_of(operand: str, choice: str) -> int:
     """Return the bits that a label such as W4A8 gives an operand; the most of A8/A4 is 8."""
-    if operand == "W" and op.parameters == 0:
-        return None
-    found = [int(bits) for bits in re.findall(rf"{operand}(\d+)", op.choice)]
+    found = [int(bits) for bits in re.findall(rf"{operand}(\d+)", choice)]
     return max(found, default=_FLOAT_BITS)
 
 
-def _shade(bits: int) -> int:
+def shade(bits: int) -> int:
     """Return the step of the colour scale that holds this many bits."""
-    return next((step for step in _SHADES if bits <= step), _FLOAT_BITS)
+    return next((step for step in SHADES if bits <= step), _FLOAT_BITS)
 
 
 def _uncovered_share(source: ReportSource) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tuner.criteria import AccuracyGoal
 from tuner.records import TrialRecord
-from tuner.report.axes import Axis, Tick, linear_ticks
+from tuner.report.axes import Axis, Tick, linear_ticks, log_ticks
 from tuner.report.source import ReportSource
 from tuner.report.text import number, percent
 
@@ -19,6 +19,7 @@ _MARGIN = 0.08
 class Point:
     """One evaluated plan; a `clipped` one lies beyond the accuracy axis, drawn at its end."""
 
+    number: int
     x: float
     y: float
     kind: str
@@ -50,11 +51,12 @@ def scatter(source: ReportSource) -> Scatter | None:
     baseline = source.baseline_trial.accuracy
     if baseline is None or not records:
         return None
-    x_axis = _cost_axis([ratio for _, ratio, _ in records])
+    x_axis = cost_axis([ratio for _, ratio, _ in records])
     y_axis = _accuracy_axis(source.goal, baseline, records)
     threshold = source.goal.threshold(baseline)
     points = tuple(
         Point(
+            number=record.number,
             x=x_axis.at(ratio),
             y=y_axis.at(accuracy),
             kind=_kind(source, record),
@@ -64,7 +66,7 @@ def scatter(source: ReportSource) -> Scatter | None:
         for record, ratio, accuracy in records
     )
     return Scatter(
-        x_ticks=_log_ticks(x_axis),
+        x_ticks=log_ticks(x_axis, percent),
         y_ticks=linear_ticks(y_axis),
         points=tuple(sorted(points, key=lambda p: _DRAWN.index(p.kind))),
         front=_front(source, x_axis, y_axis),
@@ -86,7 +88,8 @@ def _plottable(source: ReportSource) -> list[tuple[TrialRecord, float, float]]:
     return found
 
 
-def _cost_axis(ratios: list[float]) -> Axis:
+def cost_axis(ratios: list[float]) -> Axis:
+    """Return an axis that holds these costs ÷ FP32's."""
     low, high = math.log10(min(ratios)), math.log10(max(ratios))
     margin = max(_MARGIN * (high - low), 0.05)
     return Axis(low - margin, high + margin, LEFT, WIDTH - RIGHT, log=True)
@@ -134,13 +137,3 @@ def _front(source: ReportSource, x_axis: Axis, y_axis: Axis) -> str:
         x, y = x_axis.at(ratio), y_axis.at(record.accuracy)
         path += f" H{x:.1f} V{y:.1f}" if path else f"M{x:.1f} {y:.1f}"
     return path
-
-
-def _log_ticks(axis: Axis) -> tuple[Tick, ...]:
-    """Return ticks at 1, 2 and 5 times the powers of ten that the axis holds."""
-    decades = range(math.floor(axis.low), math.ceil(axis.high) + 1)
-    values = [digit * 10.0**power for power in decades for digit in (1, 2, 5)]
-    held = [value for value in values if axis.holds(value)]
-    if len(held) < 2:
-        held = [10.0 ** (axis.low + share * (axis.high - axis.low)) for share in (0.1, 0.5, 0.9)]
-    return tuple(Tick(axis.at(value), percent(value)) for value in held)
