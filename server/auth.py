@@ -19,7 +19,7 @@ PUBLIC: dict[str, Any] = {"security": []}
 CSRF_FIELD = "csrf_token"
 CSRF_HEADER = "X-CSRF-Token"
 SESSION_COOKIE = "accutune_session"
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _FORM = "application/x-www-form-urlencoded"
 
 
@@ -128,7 +128,7 @@ async def authenticate(request: Request) -> None:
 async def _check_csrf(request: Request) -> None:
     """Refuse what another site made the browser of a session send."""
     cookie = request.cookies.get(SESSION_COOKIE)
-    if request.method in _SAFE_METHODS or cookie is None or "authorization" in request.headers:
+    if request.method in SAFE_METHODS or cookie is None or "authorization" in request.headers:
         return
     services = request.app.state.services
     if not needs_token(services.settings):
