@@ -209,10 +209,7 @@ class Jobs:
     def fail(self, claim: Claim, reason: str) -> None:
         """End a job that cannot go on; `reason` holds the traceback."""
         with self._database.writing() as session:
-            job = self._held(session, claim)
-            job.error = reason
-            _add_event(session, job, "error", {"error": reason})
-            _move(session, job, Move.FAIL)
+            _failed(session, self._held(session, claim), reason)
 
     def release(self, claim: Claim) -> None:
         """Give a job back unharmed: to the queue, or to where it was asked to go."""
@@ -316,9 +313,15 @@ def _lost(session: Session, job: JobRow, reason: str) -> None:
     if job.crashes < job.max_attempts:
         _move(session, job, Move.LOSE, reason=reason)
         return
-    job.error = f"{reason} (attempt {job.attempt} of {job.max_attempts})"
-    _add_event(session, job, "error", {"error": job.error})
-    _move(session, job, Move.FAIL, reason=reason)
+    _failed(session, job, f"{reason} (attempt {job.attempt} of {job.max_attempts})")
+
+
+def _failed(session: Session, job: JobRow, reason: str) -> None:
+    """End a job with an error; one that was being cancelled just is cancelled."""
+    if after(State(job.state), Move.FAIL) == State.FAILED:
+        job.error = reason
+        _add_event(session, job, "error", {"error": reason})
+    _move(session, job, Move.FAIL)
 
 
 def _move(session: Session, job: JobRow, move: Move, **told: Any) -> None:
