@@ -143,6 +143,15 @@ class RangeError(ServerError):
     status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
     slug = "range-not-satisfiable"
 
+    def __init__(self, message: str, size_bytes: int) -> None:
+        super().__init__(message, size_bytes=size_bytes)
+        self.size_bytes = size_bytes
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """How many bytes there are."""
+        return {"Content-Range": f"bytes */{self.size_bytes}"}
+
 
 class NotReadyError(ServerError):
     """The service runs, but cannot do its work yet."""

@@ -14,6 +14,9 @@ EventKind = Literal["state", "trial", "progress", "error"]
 # PostgreSQL's text and JSON hold no NUL
 _NO_NUL = r"^[^\x00]*$"
 Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_NO_NUL)]
+LabelName = Annotated[
+    str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+]
 Label = Annotated[str, StringConstraints(max_length=255, pattern=_NO_NUL)]
 
 
@@ -47,7 +50,7 @@ class Submission(_Body):
     params: dict[str, Any] = Field(default_factory=dict)
     config: TuningConfig = TuningConfig()
     priority: int = Field(default=0, ge=-1000, le=1000)
-    labels: dict[Name, Label] = Field(default_factory=dict, max_length=32)
+    labels: dict[LabelName, Label] = Field(default_factory=dict, max_length=32)
     max_attempts: int = Field(default=3, ge=1, le=100)
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
@@ -106,6 +109,37 @@ class Job(_Answer):
     links: JobLinks
 
 
+class Trial(_Answer):
+    """A trial, as tuner.TrialRecord writes it: NaN and ±inf are spelled as strings."""
+
+    number: int
+    plan: dict[str, Any]
+    accuracy: float | str | None
+    metrics: dict[str, float | str]
+    costs: dict[str, float | str]
+    meets_goal: bool | None
+    state: str
+    duration_s: float
+    reason: str
+    error: str | None
+    scores: list[float | str] | None = None
+
+
+class OpChoice(_Answer):
+    """An op of the best plan: what was chosen for it, and what that costs."""
+
+    name: str
+    type: str
+    shape: list[int]
+    parameters: int
+    macs: float | str
+    choice: str
+    predicted_damage: float | str
+    size_bytes: float | str
+    bops: float | str
+    cost_share: float | str
+
+
 class Event(_Answer):
     """Something that happened to a job; ids grow."""
 
@@ -141,6 +175,19 @@ class RecipeInfo(_Answer):
     parameters: dict[str, Any]
 
 
+class BrokenRecipe(_Answer):
+    """A file or entry point that should give recipes, but does not."""
+
+    source: str
+    error: str
+
+
+class Recipes(Page[RecipeInfo]):
+    """The recipes, and what could not be loaded."""
+
+    broken: list[BrokenRecipe]
+
+
 class Asset(_Answer):
     """An upload; its id, the SHA-256 of its bytes, is what a recipe's parameters name."""
 
@@ -164,6 +211,13 @@ class WorkerInfo(_Answer):
     started_at: datetime
     heartbeat_at: datetime
     jobs: list[str]
+
+
+class Health(_Answer):
+    """That the service runs, and which version it is."""
+
+    status: Literal["ok"]
+    version: str
 
 
 class Problem(BaseModel):

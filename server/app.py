@@ -1,0 +1,95 @@
+"""The application: all routes, put together."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import anyio
+from fastapi import Depends, FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from server import middleware, problems
+from server.auth import authenticate
+from server.problems import declared
+from server.routes import artifacts, events, health, jobs, recipes, trials, workers
+from server.schemas import Problem
+from server.services import Services
+from server.settings import Settings
+from server.startup import check_exposure
+from tuner.version import VERSION
+
+_ROUTERS = (
+    jobs.router,
+    trials.router,
+    events.router,
+    artifacts.router,
+    recipes.router,
+    workers.router,
+    health.router,
+)
+_TAGS = [
+    {"name": "jobs", "description": "Tuning jobs: a recipe, its parameters, a configuration."},
+    {"name": "trials", "description": "What a job's search found."},
+    {"name": "events", "description": "What happens to a job, live."},
+    {"name": "artifacts", "description": "The files that a job left."},
+    {"name": "recipes", "description": "What jobs can be made of."},
+    {"name": "workers", "description": "Who runs the jobs."},
+    {"name": "health", "description": "For probes; without a token."},
+]
+_BEARER = {"type": "http", "scheme": "bearer", "description": "`tuner token create` makes one."}
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Return the application; what it needs is opened when it starts, and closed when it ends."""
+    settings = settings or Settings()
+    app = FastAPI(
+        title="accutune",
+        summary="Tuning jobs: the cheapest quantized model that still meets your accuracy goal.",
+        version=VERSION,
+        docs_url=None,  # its scripts would come from a CDN
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan(settings),
+        dependencies=[Depends(authenticate)],
+        responses=declared(400, 401, 403, 422, 429, 500, 503),
+        openapi_tags=_TAGS,
+    )
+    problems.install(app)
+    middleware.install(app, settings)
+    for router in _ROUTERS:
+        app.include_router(router)
+    _describe(app)
+    return app
+
+
+def _lifespan(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = await run_in_threadpool(Services.open, settings)
+        try:
+            await run_in_threadpool(check_exposure, settings, services.tokens)
+            app.state.services = services
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(services.hub.run)
+                yield
+                services.hub.close()
+                tasks.cancel_scope.cancel()
+        finally:
+            services.close()
+
+    return lifespan
+
+
+def _describe(app: FastAPI) -> None:
+    """Add to the OpenAPI document what FastAPI does not know: problems, and bearer tokens."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = plain()
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
+        components["securitySchemes"] = {"bearer": _BEARER}
+        document["security"] = [{"bearer": []}]
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]
