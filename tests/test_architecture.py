@@ -37,6 +37,7 @@ ORDER = (
     ("sites", "graph", "capture", "model", "observe", "data_pass"),
     ("presets", "sensitivity", "costs", "recovery"),
     ("op_rules", "search_space"),
+    ("storage_errors",),
     ("report", "exporters", "results", "progress", "storage"),
     ("op_table", "saving", "quantized_model", "preparation", "simulate"),
     ("evaluation", "sweep_entries"),

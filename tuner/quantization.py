@@ -43,7 +43,7 @@ def fit(
     study_name: str | None = None,
     executor: None = None,
     callbacks: Iterable[Callback] = (),
-    progress: bool | None = None,
+    progress: bool | Progress | None = None,
 ) -> QuantizedModel:
     """Find the cheapest plan that meets the accuracy goal, and return the model with it on.
 
@@ -60,7 +60,8 @@ def fit(
         study_name: names the study in the storage; the same name resumes it.
         callbacks: each is called with every TrialRecord as its trial ends, and may raise
             TuningCancelled to stop the search.
-        progress: a live display; None shows it on a terminal only.
+        progress: a live display; None shows it on a terminal only. A tuner.progress.Progress of
+            your own is told of every phase.
 
     Raises:
         TunerError: the model, the data, the space, the storage or a score cannot be used.
@@ -72,7 +73,8 @@ def fit(
     callbacks = tuple(callbacks)
     _refuse(config, train_func, executor, eval_func, forward, callbacks, storage, study_name)
     started = time.monotonic()
-    with isolated_random_state() as random_state, Progress(progress, config.cost_name) as bar:
+    shown = progress if isinstance(progress, Progress) else Progress(progress, config.cost_name)
+    with isolated_random_state() as random_state, shown as bar:
         twin = copied(model)
         preparation = Preparation(twin, calib_dataloader, forward, config)
         bar.start(config.goal.describe(), config.max_trials)

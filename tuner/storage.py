@@ -4,11 +4,10 @@ import json
 import re
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import (
     JSON,
@@ -29,11 +28,14 @@ from sqlalchemy import (
     make_url,
     select,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from tuner.errors import StorageError
+from tuner.storage_errors import patiently, shown
+
+T = TypeVar("T")
 
 _LOCK_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 5
@@ -45,16 +47,6 @@ _DRIVERS = {
     "postgresql+psycopg": "postgresql+psycopg",
 }
 _URL_HINT = "give sqlite:///tuning.db or postgresql://user:password@host/database"
-_ADVICE = {
-    "unable to open database file": "the folder must exist and the file must be writable",
-    "readonly database": "the file or its folder is read-only: choose another place",
-    "not a database": "the file is of another kind or damaged: choose another one",
-    "malformed": "the file is damaged: restore a copy or choose another one",
-    "locked": "another process holds the database: end it, or wait and run again to resume",
-    "is full": "make room and run again with the same study_name: stored trials are kept",
-    "disk i/o error": "check the disk and run again with the same study_name to resume",
-    "connection": "is the server running, and are host, user, password and database right?",
-}
 
 
 def _now() -> datetime:
@@ -102,18 +94,23 @@ class TrialRow(Base):
 
 _TABLES = [cast(Table, row.__table__) for row in (StudyRow, TrialRow)]  # others may share Base
 Guard = Callable[[Session, int, Mapping[str, Any]], None]
+Fence = Callable[[Session], None]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A database, and what runs in the transaction that stores a trial, before it is stored.
+    """A database, what runs in the transactions that write to it, and how long to wait for it.
 
-    `guard(session, number, record)` may write to other tables, so that both are stored or none;
-    what it raises goes on as it is, and the trial is not stored.
+    `guard(session, number, record)` runs before a trial is stored and may write to other tables,
+    so that both are stored or none; `fence(session)` runs before the study itself and what belongs
+    to it are stored. What either raises goes on as it is, and nothing is stored. While the database
+    is away, locked or full, every access is tried again for `patience_s` seconds.
     """
 
     url: str
     guard: Guard | None = None
+    fence: Fence | None = None
+    patience_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,13 +151,13 @@ class StudyStore:
     """
 
     def __init__(
-        self, engine: Engine, study_id: int, name: str, resumed: bool, guard: Guard | None
+        self, engine: Engine, study_id: int, name: str, resumed: bool, storage: Storage
     ) -> None:
         self.name = name
         self.resumed = resumed
         self._engine = engine
         self._study_id = study_id
-        self._guard = guard
+        self._storage = storage
 
     @classmethod
     def open(
@@ -173,57 +170,94 @@ class StudyStore:
         header differs, naming each difference.
         """
         name = f"study-{secrets.token_hex(4)}" if name is None else _checked_name(name)
-        guard = storage.guard if isinstance(storage, Storage) else None
-        url = storage.url if isinstance(storage, Storage) else storage
-        engine = _engine(_parsed(_MEMORY if url is None else url))
+        if not isinstance(storage, Storage):
+            storage = Storage(_MEMORY if storage is None else storage)
+        engine = _engine(_parsed(storage.url))
+
+        def opened() -> tuple[int, bool]:
+            _create_tables(engine)
+            return _create_or_resume(engine, name, header, storage.fence)
+
         try:
-            with _storage_errors(engine):
-                _create_tables(engine)
-                study_id, resumed = _create_or_resume(engine, name, header)
-        except StorageError:
+            study_id, resumed = patiently(opened, engine, storage.patience_s)
+        except BaseException:
             engine.dispose()
             raise
-        return cls(engine, study_id, name, resumed, guard)
+        return cls(engine, study_id, name, resumed, storage)
 
     def records(self) -> list[dict[str, Any]]:
         """Return the stored records in the order of their numbers, the baseline's first."""
         query = select(TrialRow.record).where(TrialRow.study_id == self._study_id)
-        with _storage_errors(self._engine), Session(self._engine) as session:
-            return list(session.scalars(query.order_by(TrialRow.number)))
+
+        def read() -> list[dict[str, Any]]:
+            with Session(self._engine) as session:
+                return list(session.scalars(query.order_by(TrialRow.number)))
+
+        return self._patiently(read)
 
     def add(self, number: int, record: Mapping[str, Any]) -> None:
         """Store the record of this trial; a number that is taken is a StorageError."""
-        row = TrialRow(
-            study_id=self._study_id,
-            number=number,
-            state=str(record.get("state", "complete")),
-            record=_checked_json(f"trial {number}", record),
-        )
+        checked = _checked_json(f"trial {number}", record)
+        tries = 0
+
+        def stored() -> None:
+            nonlocal tries
+            tries += 1
+            with Session(self._engine) as session, session.begin():
+                if self._storage.guard is not None:
+                    self._storage.guard(session, number, checked)
+                session.add(self._row(number, checked))
+
         try:
-            with _storage_errors(self._engine), Session(self._engine) as session, session.begin():
-                if self._guard is not None:
-                    self._guard(session, number, row.record)
-                session.add(row)
+            self._patiently(stored)
         except IntegrityError as error:
-            raise self._refused(number, error) from error
+            # A connection that broke at the commit leaves open whether it was done.
+            if tries == 1 or self._record(number) != checked:
+                raise self._refused(number, error) from error
 
     @property
     def payload(self) -> dict[str, Any]:
         """What `set_payload` stored; empty until then."""
         query = select(StudyRow.payload).where(StudyRow.id == self._study_id)
-        with _storage_errors(self._engine), Session(self._engine) as session:
-            payload: dict[str, Any] = session.scalars(query).one()
-            return payload
+
+        def read() -> dict[str, Any]:
+            with Session(self._engine) as session:
+                payload: dict[str, Any] = session.scalars(query).one()
+                return payload
+
+        return self._patiently(read)
 
     def set_payload(self, payload: Mapping[str, Any]) -> None:
         """Store what is computed once for a study, such as predicted damages."""
         checked = _checked_json("the payload", payload)
-        with _storage_errors(self._engine), Session(self._engine) as session, session.begin():
-            session.get_one(StudyRow, self._study_id).payload = checked
+
+        def stored() -> None:
+            with Session(self._engine) as session, session.begin():
+                if self._storage.fence is not None:
+                    self._storage.fence(session)
+                session.get_one(StudyRow, self._study_id).payload = checked
+
+        self._patiently(stored)
 
     def close(self) -> None:
         """Let go of the database."""
         self._engine.dispose()
+
+    def _patiently(self, access: Callable[[], T]) -> T:
+        return patiently(access, self._engine, self._storage.patience_s)
+
+    def _row(self, number: int, record: dict[str, Any]) -> TrialRow:
+        state = str(record.get("state", "complete"))
+        return TrialRow(study_id=self._study_id, number=number, state=state, record=record)
+
+    def _record(self, number: int) -> dict[str, Any] | None:
+        mine = (TrialRow.study_id == self._study_id, TrialRow.number == number)
+
+        def read() -> dict[str, Any] | None:
+            with Session(self._engine) as session:
+                return session.scalars(select(TrialRow.record).where(*mine)).one_or_none()
+
+        return self._patiently(read)
 
     def _refused(self, number: int, error: IntegrityError) -> StorageError:
         if "foreign key" in str(error.orig).lower():
@@ -314,15 +348,19 @@ def _create_tables(engine: Engine) -> None:
         missing = set(table.columns.keys()) - {c["name"] for c in found.get_columns(table.name)}
         if missing:
             raise StorageError(
-                f"{_shown(engine)} has a table {table.name!r} of another program (without "
+                f"{shown(engine)} has a table {table.name!r} of another program (without "
                 f"{', '.join(sorted(missing))}): choose another database"
             )
 
 
-def _create_or_resume(engine: Engine, name: str, header: StudyHeader) -> tuple[int, bool]:
+def _create_or_resume(
+    engine: Engine, name: str, header: StudyHeader, fence: Fence | None
+) -> tuple[int, bool]:
     """Return the study's id and whether it was there before."""
     try:
         with Session(engine) as session, session.begin():
+            if fence is not None:
+                fence(session)
             row = session.scalars(select(StudyRow).where(StudyRow.name == name)).one_or_none()
             if row is None:
                 row = StudyRow(name=name, header=header.to_dict())
@@ -333,7 +371,7 @@ def _create_or_resume(engine: Engine, name: str, header: StudyHeader) -> tuple[i
             return row.id, True
     except IntegrityError:
         # Another process created it in between: now it is there to be resumed.
-        return _create_or_resume(engine, name, header)
+        return _create_or_resume(engine, name, header, fence)
 
 
 def _check_header(name: str, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -353,22 +391,3 @@ def _check_header(name: str, stored: Mapping[str, Any], ours: Mapping[str, Any])
 def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
     versions = {f"version of {name}": v for name, v in header.get("versions", {}).items()}
     return {key: value for key, value in header.items() if key != "versions"} | versions
-
-
-def _shown(engine: Engine) -> str:
-    return engine.url.render_as_string(hide_password=True)
-
-
-@contextmanager
-def _storage_errors(engine: Engine) -> Iterator[None]:
-    """Turn errors of the database into a StorageError; IntegrityError is left to the caller."""
-    try:
-        yield
-    except IntegrityError:
-        raise
-    except SQLAlchemyError as error:
-        cause = " ".join(str(getattr(error, "orig", None) or error).split())
-        advice = next((tip for key, tip in _ADVICE.items() if key in cause.lower()), None)
-        raise StorageError(
-            f"storage {_shown(engine)}: {cause}" + (f" (tip: {advice})" if advice else "")
-        ) from error

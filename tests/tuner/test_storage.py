@@ -6,17 +6,20 @@ import secrets
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psycopg
 import pytest
 from sqlalchemy import create_engine, event, inspect, make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from tuner.errors import StorageError
-from tuner.storage import Base, StudyHeader, StudyStore
+from tuner.storage import Base, Storage, StudyHeader, StudyStore
 
 HEADER = StudyHeader("model-1", "space-1", "auto", 0, {"torch": "2.13.0"})
 ROOT = Path(__file__).parents[2]
@@ -313,6 +316,59 @@ def test_a_full_disk_keeps_the_trials_before(tmp_path: Path) -> None:
     again.add(1, {"a": 2})
     assert again.records() == [{"a": 1}, {"a": 2}]
     again.close()
+
+
+def test_a_patient_store_waits_for_a_database_that_is_locked(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/tuning.db?timeout=0.05"
+    store = StudyStore.open(Storage(url, patience_s=30), "mine", HEADER)
+    holder = sqlite3.connect(tmp_path / "tuning.db", isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.5, holder.execute, ("ROLLBACK",))
+    timer.start()
+    store.add(0, {"a": 1})
+    timer.join()
+    holder.close()
+    assert store.records() == [{"a": 1}]
+    store.close()
+
+
+def test_a_commit_whose_answer_was_lost_counts_once(url: str) -> None:
+    other = StudyStore.open(url, "mine", HEADER)
+    calls = []
+
+    def guard(session: Session, number: int, record: Mapping[str, Any]) -> None:
+        calls.append(number)
+        if len(calls) == 1:
+            other.add(number, record)
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection"))
+
+    store = StudyStore.open(Storage(url, guard, patience_s=30), "mine", HEADER)
+    store.add(0, {"a": 1})
+    assert calls == [0, 0]
+    assert store.records() == [{"a": 1}]
+    other.add(1, {"a": 2})
+    with pytest.raises(StorageError, match="stored already"):
+        store.add(1, {"a": 3})
+    store.close()
+    other.close()
+
+
+def test_what_the_fence_raises_keeps_everything_as_it_was(url: str) -> None:
+    def fence(session: Session) -> None:
+        if len(seen) == 2:
+            raise PermissionError("no longer yours")
+        seen.append(session)
+
+    seen: list[Session] = []
+    store = StudyStore.open(Storage(url, fence=fence), "mine", HEADER)
+    store.set_payload({"a": 1})
+    with pytest.raises(PermissionError):
+        store.set_payload({"a": 2})
+    assert store.payload == {"a": 1}
+    with pytest.raises(PermissionError):
+        StudyStore.open(Storage(url, fence=fence), "theirs", HEADER)
+    assert not StudyStore.open(url, "theirs", HEADER).resumed
+    store.close()
 
 
 def test_sqlite_keeps_a_write_ahead_log_and_no_open_connection(tmp_path: Path) -> None:
