@@ -1,5 +1,6 @@
 """Attention block by block: scores and probabilities stay in the cache between their steps."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,22 +36,24 @@ def attend(
     """Return quantize(softmax(q kᵀ · scale + mask)) v, to the bit what the whole would give.
 
     `quantize` receives blocks of probabilities. The causal mask is added, which takes a seventh of
-    the time of filling it in; where that is not the same, a softmax is NaN, and None is returned.
+    the time of filling it in; where that is not the same, NaN comes out, and None is returned.
     """
     q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    k = k.transpose(1, 2)
-    rows, columns = q.shape[1], k.shape[2]
-    count = min(len(q), max(1, _BLOCK * torch.get_num_threads() // (rows * columns)))
-    hidden = q.new_full((rows, columns), -torch.inf).triu_(1) if is_causal else None
-    out = POOL.empty_rows((len(q), rows, v.shape[2]), q.dtype)
-    scores, probabilities = (POOL.empty_rows((count, rows, columns), q.dtype) for _ in range(2))
+    scores = q.shape[1], k.shape[1]
+    count = max(1, _BLOCK * torch.get_num_threads() // math.prod(scores))
+    hidden = q.new_full(scores, -torch.inf).triu_(1) if is_causal else None
+    out = POOL.empty_rows((*q.shape[:2], v.shape[2]), q.dtype)
     for start in range(0, len(q), count):
         block = slice(start, start + count)
-        length = min(count, len(q) - start)
-        logits = torch.bmm(q[block], k[block], out=scores[:length]).mul_(scale)
-        logits = logits if hidden is None else logits.add_(hidden)
-        shares = torch.softmax(logits, -1, out=probabilities[:length])
-        if bool(shares[..., 0].sum().isnan()):
-            return None
+        shares = _shares(q[block], k[block], scale, hidden)
         torch.bmm(quantize(shares), v[block], out=out[block])
-    return out.view(*query.shape[:-1], value.shape[-1])
+    return None if bool(out.sum().isnan()) else out.view(*query.shape[:-1], value.shape[-1])
+
+
+def _shares(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
+    """Return softmax(q kᵀ · scale + hidden); what comes next finds the memory of q kᵀ free."""
+    shape = *q.shape[:2], k.shape[1]
+    scores, shares = (POOL.empty_rows(shape, q.dtype) for _ in range(2))
+    torch.bmm(q, k.transpose(1, 2), out=scores).mul_(scale)
+    scores = scores if hidden is None else scores.add_(hidden)
+    return torch.softmax(scores, -1, out=shares)
