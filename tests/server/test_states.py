@@ -39,9 +39,9 @@ def test_a_move_leads_where_the_table_says(state: str, move: str, target: str) -
 
 
 def test_a_refusal_names_what_is_allowed() -> None:
-    with pytest.raises(TransitionError, match="can do is cancel$"):
+    with pytest.raises(TransitionError, match=r"can do is cancel$"):
         after(State.CANCELLED, Move.RESUME)
-    with pytest.raises(TransitionError, match="can do is nothing$"):
+    with pytest.raises(TransitionError, match=r"can do is nothing$"):
         after(State.FAILED, Move.CANCEL)
 
 
