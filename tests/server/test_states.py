@@ -8,18 +8,18 @@ from server.states import ACTIVE, ENDED, TRANSITIONS, Move, State, after
 _MOVES = ("claim", "pause", "resume", "cancel", "release", "lose", "succeed", "fail")
 # A column a move, in the order above; – where the move is refused.
 _TABLE = """
-queued     | running | paused  | queued  | cancelled  | –         | –         | –         | –
-running    | –       | pausing | running | cancelling | queued    | queued    | succeeded | failed
-pausing    | –       | pausing | running | cancelling | paused    | paused    | succeeded | failed
-paused     | –       | paused  | queued  | cancelled  | –         | –         | –         | –
-cancelling | –       | –       | –       | cancelling | cancelled | cancelled | succeeded | cancelled
-cancelled  | –       | –       | –       | cancelled  | –         | –         | –         | –
-succeeded  | –       | –       | –       | –          | –         | –         | –         | –
-failed     | –       | –       | –       | –          | –         | –         | –         | –
+queued      running  paused   queued   cancelled   –          –          –          –
+running     –        pausing  running  cancelling  queued     queued     succeeded  failed
+pausing     –        pausing  running  cancelling  paused     paused     succeeded  failed
+paused      –        paused   queued   cancelled   –          –          –          –
+cancelling  –        –        –        cancelling  cancelled  cancelled  succeeded  cancelled
+cancelled   –        –        –        cancelled   –          –          –          –
+succeeded   –        –        –        –           –          –          –          –
+failed      –        –        –        –           –          –          –          –
 """
 CASES = [
     (cells[0], move, target)
-    for cells in ([cell.strip() for cell in line.split("|")] for line in _TABLE.split("\n") if line)
+    for cells in (line.split() for line in _TABLE.strip().splitlines())
     for move, target in zip(_MOVES, cells[1:], strict=True)
 ]
 
