@@ -189,10 +189,30 @@ class Jobs:
         with self._database.writing() as session:
             _add_event(session, self._held(session, claim), kind, data)
 
+    def check(self, claim: Claim, session: Session) -> None:
+        """Hold a job in a transaction of the library's; raises LeaseLostError."""
+        self._held(session, claim)
+
+    def complete(self, claim: Claim, config: Mapping[str, Any]) -> None:
+        """Store the configuration as the recipe's task completes it; raises LeaseLostError."""
+        with self._database.writing() as session:
+            job = self._held(session, claim)
+            if job.config != config:
+                job.config = dict(config)
+                job.version += 1
+
     def succeed(
-        self, claim: Claim, ending: Ending, artifacts: Sequence[Mapping[str, Any]] = ()
+        self,
+        claim: Claim,
+        ending: Ending,
+        artifacts: Sequence[Mapping[str, Any]] = (),
+        publish: Callable[[], None] | None = None,
     ) -> None:
-        """End a job with what its search came to, and the files that it left."""
+        """End a job with what its search came to, and the files that it left.
+
+        `publish` moves the files to their place while the job is locked, so that only its holder
+        does; what it raises goes on, and the job has not ended.
+        """
         with self._database.writing() as session:
             job = self._held(session, claim)
             job.best = None if ending.best is None else dict(ending.best)
@@ -205,6 +225,8 @@ class Jobs:
             for artifact in artifacts:
                 session.add(ArtifactRow(job_id=job.id, created_at=moment, **artifact))
             _move(session, job, Move.SUCCEED, stop_reason=ending.stop_reason)
+            if publish is not None:
+                publish()
 
     def fail(self, claim: Claim, reason: str) -> None:
         """End a job that cannot go on; `reason` holds the traceback."""

@@ -1,5 +1,6 @@
 """The service's settings: one place, read from the environment and validated there."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -79,3 +80,23 @@ class Settings(BaseSettings):
     def assets_dir(self) -> Path:
         """Where uploads lie, named by their SHA-256."""
         return self.data_dir / "assets"
+
+    @property
+    def models_dir(self) -> Path:
+        """Where the weights lie that unfinished jobs began with; workers may share it."""
+        return self.data_dir / "models"
+
+    @property
+    def logs_dir(self) -> Path:
+        """Where the output of every attempt at a job lies."""
+        return self.data_dir / "logs"
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment in which another process reads these very settings."""
+        prefix = self.model_config["env_prefix"]
+        values = self.model_dump(mode="json", exclude_none=True)
+        values["data_dir"] = str(self.data_dir.absolute())
+        return {
+            f"{prefix}{name}".upper(): value if isinstance(value, str) else json.dumps(value)
+            for name, value in values.items()
+        }
