@@ -60,9 +60,8 @@ def route_of(scope: Scope) -> str:
 
 
 def _count(scope: Scope, status: int, seconds: float | None) -> None:
-    metrics = getattr(scope["app"].state.services, "metrics", None)
-    if metrics is not None:
-        metrics.count_request(route_of(scope), scope["method"], status, seconds)
+    metrics = scope["app"].state.services.metrics
+    metrics.count_request(route_of(scope), scope["method"], status, seconds)
 
 
 def _write(scope: Scope, status: int, seconds: float) -> None:

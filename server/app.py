@@ -11,7 +11,18 @@ from starlette.concurrency import run_in_threadpool
 from server import middleware, problems
 from server.auth import authenticate
 from server.problems import declared
-from server.routes import artifacts, events, health, jobs, recipes, trials, workers
+from server.routes import (
+    artifacts,
+    assets,
+    events,
+    health,
+    jobs,
+    metrics,
+    recipes,
+    tokens,
+    trials,
+    workers,
+)
 from server.schemas import Problem
 from server.services import Services
 from server.settings import Settings
@@ -24,8 +35,11 @@ _ROUTERS = (
     events.router,
     artifacts.router,
     recipes.router,
+    assets.router,
     workers.router,
+    tokens.router,
     health.router,
+    metrics.router,
 )
 _TAGS = [
     {"name": "jobs", "description": "Tuning jobs: a recipe, its parameters, a configuration."},
@@ -33,8 +47,10 @@ _TAGS = [
     {"name": "events", "description": "What happens to a job, live."},
     {"name": "artifacts", "description": "The files that a job left."},
     {"name": "recipes", "description": "What jobs can be made of."},
+    {"name": "assets", "description": "Uploads of weights and data for recipes."},
     {"name": "workers", "description": "Who runs the jobs."},
-    {"name": "health", "description": "For probes; without a token."},
+    {"name": "tokens", "description": "Who may call; for admins."},
+    {"name": "health", "description": "For probes, without a token; and for Prometheus."},
 ]
 _BEARER = {"type": "http", "scheme": "bearer", "description": "`tuner token create` makes one."}
 

@@ -3,8 +3,9 @@
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+from server.auth import Scope
 from server.states import State
 from tuner.config import TuningConfig
 
@@ -196,6 +197,32 @@ class Asset(_Answer):
     name: str
     size_bytes: int
     created_at: datetime
+
+
+class TokenRequest(_Body):
+    """A token to be made: who has it, what it allows, and until when (for ever, if null)."""
+
+    name: Name
+    scopes: list[Scope] = Field(min_length=1, max_length=len(Scope))
+    expires_at: AwareDatetime | None = None
+
+
+class Token(_Answer):
+    """A token, without what is secret; its name owns the jobs that it submits."""
+
+    id: str
+    name: str
+    scopes: list[Scope]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
+class NewToken(Token):
+    """A token with its secret, which is shown this once."""
+
+    token: str
 
 
 class WorkerInfo(_Answer):

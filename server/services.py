@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from server.assets import Assets
 from server.catalog import Catalog
 from server.db import Database, upgrade
 from server.hub import Hub
 from server.jobs import Jobs
+from server.metrics import Metrics
 from server.sessions import Sessions
 from server.settings import Settings
 from server.tokens import Tokens
@@ -23,6 +25,8 @@ class Services:
     catalog: Catalog
     tokens: Tokens
     sessions: Sessions
+    assets: Assets
+    metrics: Metrics
     hub: Hub
 
     @classmethod
@@ -41,6 +45,8 @@ class Services:
             catalog=Catalog.load(settings.recipes_dir),
             tokens=tokens,
             sessions=Sessions(settings, tokens),
+            assets=Assets(database, settings),
+            metrics=Metrics(database, settings.lease_s),
             hub=Hub(jobs),
         )
 

@@ -41,8 +41,10 @@ class Tokens:
         """
         if not scopes:
             raise InvalidError(f"a token needs a scope: {', '.join(Scope)}")
-        if expires is not None and expires <= _now():
-            raise InvalidError(f"the token would have expired at {expires.isoformat()} already")
+        if expires is not None:
+            expires = _in_utc(expires)
+            if expires <= _now():
+                raise InvalidError(f"the token would have expired at {expires.isoformat()} already")
         secret = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
         row = TokenRow(
             id=new_id(),
@@ -123,6 +125,13 @@ def _usable(moment: datetime) -> ColumnElement[bool]:
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise InvalidError(f"{moment.isoformat()} is beyond the years that are counted") from error
 
 
 def _now() -> datetime:

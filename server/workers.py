@@ -11,7 +11,7 @@ from server.db.models import JobRow, WorkerRow
 from server.schemas import WorkerInfo
 from server.states import ACTIVE
 
-_MISSED_LEASES = 2  # a heartbeat that is older than this many leases will not come
+MISSED_LEASES = 2  # a heartbeat that is older than this many leases will not come
 
 
 def listed(
@@ -29,7 +29,7 @@ def listed(
         jobs = defaultdict(list)
         for worker_id, job_id in session.execute(held.order_by(JobRow.id)):
             jobs[worker_id].append(job_id)
-        oldest = now(session) - timedelta(seconds=_MISSED_LEASES * lease_s)
+        oldest = now(session) - timedelta(seconds=MISSED_LEASES * lease_s)
     return [_info(row, jobs[row.id], row.heartbeat_at < oldest) for row in rows]
 
 
