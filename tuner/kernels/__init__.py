@@ -1,6 +1,7 @@
 """The fast paths behind `tuner.qparams`."""
 
 from tuner.kernels.codecs import Codec, clamp_steps, codec_of
+from tuner.kernels.fused import snap_mx
 from tuner.kernels.grid import (
     Grid,
     check_floats,
@@ -17,7 +18,7 @@ from tuner.kernels.layout import (
     parameter_shape,
     to_rows,
 )
-from tuner.kernels.native import MxScale, block_amax, is_transformed, snap_mx
+from tuner.kernels.native import MxScale, block_amax, is_transformed
 from tuner.kernels.summaries import native_summary
 
 __all__ = [

@@ -12,6 +12,7 @@ from tuner.errors import DataError
 from tuner.granularity import Granularity
 from tuner.kernels.buffers import POOL
 from tuner.kernels.codecs import Bound, Codec, FunctionCodec
+from tuner.kernels.fused import FusedGrid, fusible
 from tuner.kernels.layout import block_parameter, block_view
 from tuner.kernels.native import Bounds, NativeGrid, is_plain, is_transformed, takes
 
@@ -45,6 +46,12 @@ class Grid:
         """The grid as the native kernels take it."""
         bounds = Bounds(self.scale, self.low, self.high, self.inverse)
         return NativeGrid(self.granularity, bounds, self.codec)
+
+    @cached_property
+    def fused(self) -> FusedGrid:
+        """The grid as the fused kernels of accelerators take it."""
+        bounds = Bounds(self.scale, self.low, self.high, self.inverse)
+        return FusedGrid(self.granularity, bounds, self.codec)
 
     @cached_property
     def inside(self) -> tuple[Bound, Bound]:
@@ -96,11 +103,16 @@ def snap(x: Tensor, grid: Grid) -> Tensor:
 
     For integers that is `clamp(rne(x / scale), low, high) · scale`.
     """
+    kernels = _kernels(x, grid)
+    out = None if kernels is None else kernels.snap(x)
+    return _snap_in_torch(x, grid) if out is None else out
+
+
+def _kernels(x: Tensor, grid: Grid) -> NativeGrid | FusedGrid | None:
+    """Return what computes in one pass on the device of a tensor, None if nothing does."""
     if takes(x):
-        out = grid.native.snap(x)
-        if out is not None:
-            return out
-    return _snap_in_torch(x, grid)
+        return grid.native
+    return grid.fused if fusible(x) else None
 
 
 def _snap_in_torch(x: Tensor, grid: Grid) -> Tensor:
@@ -151,10 +163,10 @@ def clamped_steps(x: Tensor, grid: Grid) -> Tensor:
 
 def masked_gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
     """Return the gradient where `low <= x / scale <= high`, and 0 elsewhere."""
-    if takes(x):
-        masked = grid.native.mask(x, gradient, grid.inside)
-        if masked is not None:
-            return masked
+    kernels = _kernels(x, grid)
+    masked = None if kernels is None else kernels.mask(x, gradient, grid.inside)
+    if masked is not None:
+        return masked
     ends = inside(grid, compute_dtype(x.dtype))
     if _is_whole(x) or not x.is_contiguous() or not is_plain(gradient):
         low, high = (_fit(end, x, grid.granularity) for end in ends)
