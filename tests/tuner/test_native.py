@@ -541,6 +541,13 @@ class TestBufferPool:
         kept = [storage for storages in pool._storages.values() for storage in storages]
         assert sum(storage.nbytes() for storage in kept) <= 3 * size
 
+    def test_no_more_of_a_size_than_is_quick_to_look_through(self) -> None:
+        pool = BufferPool()
+        x = torch.zeros(1 << 16)
+        held = [pool.empty_like(x) for _ in range(100)]
+        assert len({address(y) for y in held}) == 100
+        assert len(pool._storages[x.nbytes]) == buffers._MOST_OF_A_SIZE
+
     def test_small_tensors_are_left_to_malloc(self) -> None:
         pool = BufferPool()
         pool.empty_like(torch.zeros(1000))

@@ -122,6 +122,30 @@ def test_all_at_once_are_each_quantized_once() -> None:
     )
 
 
+class Product(nn.Module):
+    """x @ x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ x
+
+
+def test_a_scope_within_others_compiles_as_one_graph() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Product()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.sin()) + x
+
+    x = torch.randn(4, 4)
+    sim = quantization.simulate(Nested(), INT8, calib_dataloader=[x])
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(sim, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), sim(x))
+
+
 class Fails(nn.Module):
     """A product, and an error where it is asked for."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 _SMALLEST_BYTES = 128 << 10  # malloc may give larger ones back to the system, page by page
 _MOST_BYTES = 256 << 20
+_MOST_OF_A_SIZE = 32  # training holds more, and looking through them all takes longer than malloc
 _OWN_REFERENCES = 2  # the pool's list, and the argument of getrefcount itself
 
 
@@ -58,8 +59,10 @@ class BufferPool:
         for position in range(len(storages)):
             if _is_free(storages, position, nbytes):
                 return storages[position]
-        self._keep(torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage())
-        return storages[-1]
+        fresh = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+        if len(storages) < _MOST_OF_A_SIZE:
+            self._keep(fresh)
+        return fresh
 
     def _keep(self, storage: torch.UntypedStorage) -> None:
         """Add a storage, and let go of those longest unused while there are too many bytes."""
