@@ -301,7 +301,7 @@ def _save(model: QuantizedModel, out: Path) -> None:
 def run() -> None:
     """Run the command line; errors of the tuner are shown without a traceback."""
     for point in entry_points(group="tuner.commands"):
-        app.add_typer(point.load(), name=point.name)
+        app.add_typer(point.load())  # with a name of its own it is a group, without one it is not
     try:
         app()
     except (TunerError, ValidationError) as error:

@@ -26,9 +26,13 @@ def upgrade(database: Database, revision: str = "head") -> None:
 
 def is_current(database: Database) -> bool:
     """Return whether the tables are those of this version."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
+    return revision(database) == ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def revision(database: Database) -> str | None:
+    """Return the version of the tables, None where there are none."""
     with database.reading() as session:
-        return MigrationContext.configure(session.connection()).get_current_revision() == head
+        return MigrationContext.configure(session.connection()).get_current_revision()
 
 
 def _config() -> Config:
