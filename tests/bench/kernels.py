@@ -22,6 +22,7 @@ from tuner.statistics import summarize
 Call = Callable[[Tensor], object]
 _COLUMNS = 1024
 _SMALL = 1024  # values, for the overhead of a call
+_CUDA_CALLS = 20  # between two events
 
 
 def ours(x: Tensor) -> Iterator[tuple[str, Call]]:
@@ -51,7 +52,8 @@ def _dynamic(scheme: TensorScheme) -> Call:
 def others(x: Tensor) -> Iterator[tuple[str, Call]]:
     """Yield what torch, torchao and brevitas do; those that are not installed are left out."""
     scale = float(x.abs().max()) / 127
-    scales, zeros = x.abs().amax(1) / 127, torch.zeros(x.shape[0], dtype=torch.int32)
+    scales = x.abs().amax(1) / 127
+    zeros = torch.zeros_like(scales, dtype=torch.int32)
     yield (
         "torch.fake_quantize_per_tensor_affine",
         lambda t: torch.fake_quantize_per_tensor_affine(t, scale, 0, -128, 127),
@@ -111,6 +113,13 @@ def without_a_compiler() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_fusing() -> Iterator[None]:
+    """Run the operations one by one on an accelerator."""
+    with mock.patch("tuner.kernels.graphs.DEVICES", frozenset()):
+        yield
+
+
 @torch.no_grad()
 def measure(mib: int, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Yield one raw line for each implementation; medians of repeats that alternate with copies."""
@@ -118,28 +127,43 @@ def measure(mib: int, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
     x = torch.randn(mib * 2**20 // 4 // _COLUMNS, _COLUMNS)
     for owner, calls in (("accutune", ours), ("others", others)):
         for what, call in calls(x):
-            yield _line(owner, what, call, x, mib, threads, repeats)
+            yield _line(owner, what, call, x, mib, repeats)
     for what, call in ours(x):
         with without_a_compiler():
-            yield _line("accutune without a compiler", what, call, x, mib, threads, repeats)
+            yield _line("accutune without a compiler", what, call, x, mib, repeats)
 
 
-def _line(
-    owner: str, what: str, call: Call, x: Tensor, mib: int, threads: int, repeats: int
-) -> dict[str, Any]:
+@torch.no_grad()
+def measure_on_cuda(mib: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield the same for a CUDA device, against copies on it; statistics are left out."""
+    torch.set_num_threads(1)
+    device = torch.cuda.get_device_name()
+    x = torch.randn(mib * 2**20 // 4 // _COLUMNS, _COLUMNS, device="cuda")
+    for owner, calls in (("accutune", ours), ("others", others)):
+        for what, call in calls(x):
+            if what != "statistics":
+                yield _line(f"{owner}, {device}", what, call, x, mib, repeats)
+    for what, call in ours(x):
+        if what != "statistics":
+            with without_fusing():
+                yield _line(f"accutune not fused, {device}", what, call, x, mib, repeats)
+
+
+def _line(owner: str, what: str, call: Call, x: Tensor, mib: int, repeats: int) -> dict[str, Any]:
     small = x.flatten()[:_SMALL].view(1, -1)
-    is_small_too = "channel" not in what and "backward" not in what
+    is_small_too = "channel" not in what and "backward" not in what and x.is_cpu
     small_s = _small_seconds(call, small) if is_small_too else None
     target = torch.empty_like(x)
+    seconds = _seconds if x.is_cpu else _cuda_seconds
     pairs = [
-        (_seconds(lambda: target.copy_(x)), _seconds(lambda: call(x))) for _ in range(repeats + 2)
+        (seconds(lambda: target.copy_(x)), seconds(lambda: call(x))) for _ in range(repeats + 2)
     ][2:]
     return {
         "model": "kernels",
         "owner": owner,
         "what": what,
         "mib": mib,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "copy_s": median(copy for copy, _ in pairs),
         "call_s": median(call for _, call in pairs),
         "ratio": median(call / copy for copy, call in pairs),
@@ -159,6 +183,17 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    """Return the mean of calls in a row, as the device's own clock sees them."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(_CUDA_CALLS):
+        call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / _CUDA_CALLS
+
+
 def main() -> None:
     """Measure what the arguments ask for, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -173,6 +208,10 @@ def main() -> None:
             for line in measure(mib, threads, arguments.repeats):
                 tables.append(line, tables.KERNELS)
                 print(f"{line['owner']}: {line['what']}: {line['ratio']:.2f}", flush=True)
+    for mib in arguments.mib if torch.cuda.is_available() else ():
+        for line in measure_on_cuda(mib, arguments.repeats):
+            tables.append(line, tables.KERNELS)
+            print(f"{line['owner']}: {line['what']}: {line['ratio']:.2f}", flush=True)
     tables.render()
 
 

@@ -8,7 +8,16 @@ from tests.tuner.nets import ConvNet, inputs_for, seeded
 from tuner import TensorScheme, TuningConfig, quantization
 from tuner.calibrate import calibrate
 from tuner.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
-from tuner.qparams import compute_qparams, dequantize, fake_quantize, quantize
+from tuner.kernels import snap
+from tuner.kernels.graphs import GRAPHS
+from tuner.qparams import (
+    QParams,
+    compute_qparams,
+    dequantize,
+    fake_quantize,
+    grid_of,
+    quantize,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -34,6 +43,90 @@ def test_numerics(name: str, granularity: Granularity, dtype: torch.dtype) -> No
     torch.testing.assert_close(
         there.cpu(), fake_quantize(x, scheme), rtol=0, atol=0, equal_nan=True
     )
+
+
+def same_bits(there: Tensor, here: Tensor) -> bool:
+    nan = here.isnan()
+    integers = torch.int16 if here.itemsize == 2 else torch.int32
+    bits = [t.contiguous().view(integers).masked_fill(nan, 0) for t in (there.cpu(), here)]
+    return torch.equal(there.cpu().isnan(), nan) and torch.equal(*bits)
+
+
+def many_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return random bits beside normal numbers and halves, enough of them to be fused."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+    x = torch.randn(shape, generator=generator) * 3
+    halves = torch.randint(-300, 300, shape, generator=generator) / 2
+    kind = torch.randint(0, 3, shape, generator=generator)
+    return torch.where(kind == 0, bits.view(torch.float32), torch.where(kind == 1, x, halves)).to(
+        dtype
+    )
+
+
+FUSED_NAMES = (
+    *("int8", "int4", "uint8", "e4m3fn", "e5m2", "e2m1", "bf16", "fp16", "e4m3fnuz", "e4m0"),
+    *("e3m4_nosub", "e5m2_overflow", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp4", "mxint8", "nvfp4"),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FUSED_NAMES)
+def test_fused_kernels(name: str, dtype: torch.dtype) -> None:
+    """Bits equal those of the CPU, subnormals and the sign of 0 included, and none fell back."""
+    ran = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = GRAPHS.run
+        patch.setattr(GRAPHS, "run", lambda *a, **k: ran.append(run(*a, **k)) or ran[-1])
+        for granularity in (*GRANULARITIES, PerChannel(1), PerGroup(5)):
+            scheme = TensorScheme(format=name, granularity=granularity)
+            for shape in ((700, 320), (701, 203), (4, 9, 3000)):
+                x = many_values(shape, dtype)
+                qparams = compute_qparams(x.nan_to_num(0, 1, -1), scheme)
+                if name.startswith("mx"):
+                    assert same_bits(fake_quantize(x.cuda(), scheme), fake_quantize(x, scheme))
+                elif name != "nvfp4":
+                    there = fake_quantize(x.cuda(), scheme, qparams)
+                    assert same_bits(there, fake_quantize(x, scheme, qparams))
+                else:
+                    grids = grid_of(scheme, qparams, x.cuda()), grid_of(scheme, qparams, x)
+                    assert same_bits(snap(x.cuda(), grids[0]), snap(x, grids[1]))
+    assert ran
+    assert all(ran)
+    assert not GRAPHS._broken
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+def test_fused_gradients(granularity: Granularity) -> None:
+    scheme = TensorScheme(format="int4", symmetric=False, granularity=granularity)
+    x, upstream = many_values((700, 320), torch.float32), torch.randn(700, 320)
+    qparams = compute_qparams(x.nan_to_num(0, 1, -1), scheme)
+    before, gradients = len(GRAPHS), []
+    for device in ("cuda", "cpu"):
+        leaf = x.to(device).requires_grad_()
+        y = fake_quantize(leaf, scheme, qparams)
+        gradients += torch.autograd.grad(y, leaf, upstream.to(device))
+    assert same_bits(*gradients)
+    assert len(GRAPHS) <= before + 2
+    assert not GRAPHS._broken
+
+
+def test_fused_within_a_cuda_graph() -> None:
+    """What is not compiled when recording begins runs one by one; what is, is recorded."""
+    x, scheme = torch.randn(700, 320, device="cuda"), TensorScheme(format="e3m2")
+    qparams = QParams(0.1)
+    expected = fake_quantize(x, scheme, qparams)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        fake_quantize(x, scheme, qparams)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(recorded):
+        out = fake_quantize(x, scheme, qparams)
+    out.zero_()
+    recorded.replay()
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("name", ["int8", "e4m3fn", "mxfp4", "nf4"])
