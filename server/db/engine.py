@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select
+from sqlalchemy import Connection, Engine, create_engine, event, exc, func, make_url, select
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -72,6 +72,8 @@ def _errors() -> Iterator[None]:
     except DBAPIError as error:
         if error.connection_invalidated:
             raise DatabaseError("the connection to the database was lost") from error
+        if type(error) is exc.DatabaseError:  # none of its kinds: SQLite's file is damaged
+            raise DatabaseError(f"the database cannot be used: {error.orig}") from error
         raise
 
 
