@@ -3,17 +3,22 @@
 import os
 import secrets
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import make_url
 
 from server.app import create_app
+from server.auth import Scope
 from server.db import Database, upgrade
+from server.db.models import Base
 from server.jobs import Jobs
 from server.settings import Settings
 
@@ -42,9 +47,9 @@ class _Postgres:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def create(self, template: str = "template1") -> str:
+    def create(self) -> str:
         name = f"t_{secrets.token_hex(8)}"
-        self._run(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self._run(f"CREATE DATABASE {name}")
         return name
 
     def drop(self, name: str) -> None:
@@ -66,12 +71,13 @@ def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _postgres_template(postgres: str) -> Iterator[str]:
+def _postgres_tables(postgres: str) -> Iterator[str]:
+    """One database for all tests: to make and drop one takes seconds on a busy machine."""
     server = _Postgres(postgres)
     name = server.create()
     try:
         _upgraded(server.url_of(name))
-        yield name
+        yield server.url_of(name)
     finally:
         server.drop(name)
 
@@ -99,19 +105,17 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of a database with all tables, of either kind."""
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database with all tables, which are empty, of either kind."""
     if request.param == "sqlite":
         path = tmp_path / "accutune.db"
         shutil.copy(request.getfixturevalue("_sqlite_template"), path)
-        yield f"sqlite:///{path}"
-        return
-    server = _Postgres(request.getfixturevalue("postgres"))
-    name = server.create(request.getfixturevalue("_postgres_template"))
-    try:
-        yield server.url_of(name)
-    finally:
-        server.drop(name)
+        return f"sqlite:///{path}"
+    url: str = request.getfixturevalue("_postgres_tables")
+    tables = ", ".join(Base.metadata.tables)
+    with psycopg.connect(url, options="-c lock_timeout=20s") as connection:
+        connection.execute(f"TRUNCATE {tables} RESTART IDENTITY CASCADE".encode())
+    return url
 
 
 @pytest.fixture
@@ -147,3 +151,39 @@ def client(app: FastAPI) -> Iterator[TestClient]:
     """A client of the running application; errors of the server are answers, not exceptions."""
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def client_of(settings: Settings) -> Iterator[Callable[..., TestClient]]:
+    """Make clients of a service where everybody needs a token, each with its own."""
+    guarded = create_app(settings.model_copy(update={"auth": True}))
+    with TestClient(guarded, raise_server_exceptions=False) as plain:
+        tokens = guarded.state.services.tokens
+
+        def make(name: str | None = None, *scopes: Scope) -> TestClient:
+            if name is None:
+                return plain
+            _, secret = tokens.create(name, scopes or (Scope.SUBMIT,))
+            headers = {"Authorization": f"Bearer {secret}"}
+            return TestClient(guarded, raise_server_exceptions=False, headers=headers)
+
+        yield make
+
+
+@pytest.fixture
+def live(app: FastAPI) -> Iterator[str]:
+    """The address of a server that really listens, for what a test client cannot do: streams."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
