@@ -17,11 +17,12 @@ _log = logging.getLogger(__name__)
 class OwnWorkers:
     """Worker processes that begin and end with this process; one that dies is started again.
 
-    Each is in a session of its own, so that Ctrl-C does not reach it before `stop` does. Its stdin
+    Each is in a session of its own, so that Ctrl-C does not reach it before `drain` does. Its stdin
     is a pipe from this process: when that breaks, however this process ended, the worker drains.
     """
 
     def __init__(self, settings: Settings, count: int) -> None:
+        self.are_draining = False
         self._workers = [_OwnWorker(settings) for _ in range(count)]
 
     def __enter__(self) -> "OwnWorkers":
@@ -35,7 +36,7 @@ class OwnWorkers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.drain()
         for worker in self._workers:
             worker.join()
 
@@ -44,10 +45,16 @@ class OwnWorkers:
         """Whether one of the processes lives."""
         return any(worker.is_alive() for worker in self._workers)
 
-    def stop(self) -> None:
-        """Let the running trials end; called again, end them now."""
+    def drain(self) -> None:
+        """Let the running trials end, and then the processes."""
+        self.are_draining = True
         for worker in self._workers:
-            worker.stop()
+            worker.drain()
+
+    def hurry(self) -> None:
+        """Interrupt the running trials of workers that drain; the next attempt begins them anew."""
+        for worker in self._workers:
+            worker.hurry()
 
 
 class _OwnWorker(threading.Thread):
@@ -55,7 +62,7 @@ class _OwnWorker(threading.Thread):
         super().__init__(name="worker")
         self._environment = os.environ | settings.environ()
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while this very thread has it
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -71,12 +78,18 @@ class _OwnWorker(threading.Thread):
             self._stopping.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def stop(self) -> None:
-        """Ask the process to end; a worker that is asked again does not wait for its trials."""
+    def drain(self) -> None:
+        """Ask the process to end after its trials, once."""
         with self._lock:
-            self._stopping.set()
-            if self._process is not None and self._process.poll() is None:
-                self._process.send_signal(signal.SIGTERM)
+            if not self._stopping.is_set():
+                self._stopping.set()
+                self.hurry()
+
+    def hurry(self) -> None:
+        """Ask the process to end; one that was asked before does not wait for its trials."""
+        with self._lock:
+            if self._process is not None:
+                self._process.send_signal(signal.SIGTERM)  # does nothing where it has ended
 
     def _start(self) -> bool:
         with self._lock:

@@ -1,7 +1,6 @@
 """tuner serve and tuner worker."""
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -56,12 +55,12 @@ def serve_command(
         check_exposure(chosen, Tokens(database))
     with bound(chosen) as listener:
         own = OwnWorkers(chosen, 0 if no_worker else workers)
-        _handle_signals(own.stop)
+        _handle_signals(own)
         with own:
             url = url_of(listener)
             serve(create_app(chosen), listener, lambda: _welcome(chosen, url))
             listener.close()
-            own.stop()
+            own.drain()
             if own.are_busy:
                 err.print("Waiting for the running trials to end; Ctrl-C ends them now.")
 
@@ -101,15 +100,17 @@ def _welcome(chosen: Settings, url: str) -> None:
     out.print("Ctrl-C ends the service after the running trial.")
 
 
-def _handle_signals(stop: Callable[[], None]) -> None:
-    """Stop the workers at a signal. uvicorn takes signals while it serves, then sends them again.
+def _handle_signals(own: OwnWorkers) -> None:
+    """Let the workers drain at the first signal, and hurry at the next.
 
-    So the first one ends the server and asks the workers to drain; another one, while they do, asks
-    again.
+    uvicorn takes signals while it serves, and sends them again when it has ended.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop()
+        if own.are_draining:
+            own.hurry()
+        else:
+            own.drain()
 
     for number in _SIGNALS:
         signal.signal(number, handle)
