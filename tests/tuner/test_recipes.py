@@ -34,7 +34,7 @@ def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_every_recipe_is_found_by_its_own_name() -> None:
-    assert recipes.names() == (*DIGIT_RECIPES, "char-lm")
+    assert recipes.names() == (*DIGIT_RECIPES, "char-lm", "minilm-retrieval", "arrays")
     for name in recipes.names():
         assert recipes.get(name).name == name
 

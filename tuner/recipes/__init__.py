@@ -1,7 +1,14 @@
 """Named tasks — model, calibration data and `eval_func` — and the table of the built-in ones."""
 
 from tuner.errors import UnknownNameError
-from tuner.recipes import char_lm, digits_depthwise, digits_resnet, digits_vit_outliers
+from tuner.recipes import (
+    arrays,
+    char_lm,
+    digits_depthwise,
+    digits_resnet,
+    digits_vit_outliers,
+    minilm,
+)
 from tuner.recipes.base import Parameters, Recipe, Task, TrainingParameters
 
 __all__ = ["RECIPES", "Parameters", "Recipe", "Task", "TrainingParameters", "get", "names"]
@@ -13,6 +20,8 @@ RECIPES: dict[str, Recipe] = {
         digits_depthwise.RECIPE,
         digits_vit_outliers.RECIPE,
         char_lm.RECIPE,
+        minilm.RECIPE,
+        arrays.RECIPE,
     )
 }
 

@@ -1,0 +1,44 @@
+"""Text that is on every machine: first sentences of docstrings, and the rest of each."""
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_SKIPPED_FOLDERS = {"test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A docstring's first paragraph, and the rest of it."""
+
+    query: str
+    document: str
+
+
+def docstring_pairs() -> list[Pair]:
+    """Return the pairs of the standard library, each text once, in a fixed random order."""
+    queries: dict[str, Pair] = {}
+    documents: dict[str, Pair] = {}
+    for pair in _all_pairs(Path(sysconfig.get_path("stdlib"))):
+        if pair.query not in queries and pair.document not in documents:
+            queries[pair.query] = documents[pair.document] = pair
+    return sorted(queries.values(), key=lambda pair: hashlib.sha256(pair.query.encode()).digest())
+
+
+def _all_pairs(root: Path) -> Iterator[Pair]:
+    for path in sorted(root.rglob("*.py")):
+        if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
+            for docstring in _docstrings(path):
+                query, _, document = docstring.partition("\n\n")
+                query, document = " ".join(query.split()), " ".join(document.split())
+                if 4 <= len(query.split()) <= 30 and len(document.split()) >= 15:
+                    yield Pair(query, document)
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield ast.get_docstring(node) or ""
