@@ -35,6 +35,7 @@ class Catalog:
 
     def __init__(self, recipes: Mapping[str, Recipe], broken: Iterable[Broken] = ()) -> None:
         self._recipes = dict(sorted(recipes.items()))
+        self._schemas = {name: _schema(recipe) for name, recipe in recipes.items()}
         self.broken = tuple(broken)
 
     @classmethod
@@ -44,7 +45,7 @@ class Catalog:
         for source, read in _sources(folder):
             try:
                 found = read()
-                _check_new(found, recipes)
+                _check_usable(found, recipes)
             # The operator's code runs here, and may do anything: it must not end the service.
             except (Exception, SystemExit) as error:
                 _log.error("recipes of %s cannot be used", source, exc_info=error)
@@ -64,6 +65,11 @@ class Catalog:
             raise UnknownNameError("recipe", name, self._recipes)
         return self._recipes[name]
 
+    def schema(self, name: str) -> dict[str, Any]:
+        """Return the JSON schema of a recipe's parameters."""
+        self.get(name)
+        return self._schemas[name]
+
     def checked(self, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters as the recipe's own model reads them, without its defaults.
 
@@ -75,6 +81,10 @@ class Catalog:
             place = {"detail": str(error), "pointer": "/recipe"}
             raise InvalidError(str(error), errors=[place]) from error
         return _checked(recipe, params)
+
+
+def _schema(recipe: Recipe) -> dict[str, Any]:
+    return recipe.parameters.model_json_schema()
 
 
 def _checked(recipe: Recipe, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,11 +154,12 @@ def _listed(found: Any) -> list[Recipe]:
     return recipes
 
 
-def _check_new(found: Iterable[Recipe], known: Mapping[str, Recipe]) -> None:
+def _check_usable(found: Iterable[Recipe], known: Mapping[str, Recipe]) -> None:
     seen: set[str] = set()
     for recipe in found:
         if recipe.name in known or recipe.name in seen:
             raise ValueError(
                 f"there is another recipe of the name {recipe.name!r}: give this one another name"
             )
+        _schema(recipe)
         seen.add(recipe.name)

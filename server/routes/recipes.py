@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
+from server.catalog import Catalog
 from server.errors import NotFoundError
 from server.problems import declared
 from server.routes.common import Reader, UsesServices
@@ -19,8 +20,9 @@ _Name = Annotated[str, Path(min_length=1, max_length=255, examples=["digits-resn
 @router.get("", operation_id="list_recipes", summary="List recipes")
 def list_recipes(services: UsesServices, caller: Reader) -> Recipes:
     """Return all recipes with the JSON schemas of their parameters, and what is broken."""
-    broken = [BrokenRecipe(source=one.source, error=one.error) for one in services.catalog.broken]
-    items = [_info(recipe) for recipe in services.catalog.recipes]
+    catalog = services.catalog
+    broken = [BrokenRecipe(source=one.source, error=one.error) for one in catalog.broken]
+    items = [_info(catalog, recipe) for recipe in catalog.recipes]
     return Recipes(items=items, next_cursor=None, broken=broken)
 
 
@@ -28,11 +30,12 @@ def list_recipes(services: UsesServices, caller: Reader) -> Recipes:
 def get_recipe(name: _Name, services: UsesServices, caller: Reader) -> RecipeInfo:
     """Return one recipe with the JSON schema of its parameters."""
     try:
-        return _info(services.catalog.get(name))
+        return _info(services.catalog, services.catalog.get(name))
     except UnknownNameError as error:
         raise NotFoundError(str(error)) from error
 
 
-def _info(recipe: Recipe) -> RecipeInfo:
-    schema = recipe.parameters.model_json_schema()
-    return RecipeInfo(name=recipe.name, summary=recipe.summary, parameters=schema)
+def _info(catalog: Catalog, recipe: Recipe) -> RecipeInfo:
+    return RecipeInfo(
+        name=recipe.name, summary=recipe.summary, parameters=catalog.schema(recipe.name)
+    )
