@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +13,9 @@ from server.client.errors import DownloadError
 from server.schemas import Artifact
 
 _CHUNK = 1 << 20
+# a service must not choose where files go on this machine
+_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Download:
@@ -22,14 +26,14 @@ class Download:
     """
 
     def __init__(self, artifact: Artifact, directory: Path) -> None:
+        if not _NAME.fullmatch(artifact.name) or not _SHA256.fullmatch(artifact.sha256):
+            raise DownloadError(
+                f"the service names a file {artifact.name!r} with the hash {artifact.sha256!r}: "
+                "that is no file name, or no SHA-256"
+            )
         self._artifact = artifact
         self.target = directory / artifact.name
-        if not artifact.name or Path(artifact.name).name != artifact.name:
-            raise DownloadError(
-                f"the service names a file {artifact.name!r}, which is no file name"
-            )
         self._part = directory / f".{artifact.name}.{artifact.sha256[:16]}.part"
-        self._write_from = 0
 
     def is_done(self) -> bool:
         """Return whether the target is there and is what the service has."""
