@@ -8,7 +8,7 @@ import anyio
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from server import middleware, problems
+from server import dashboard, middleware, problems
 from server.auth import authenticate
 from server.problems import declared
 from server.routes import (
@@ -74,6 +74,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     middleware.install(app, settings)
     for router in _ROUTERS:
         app.include_router(router)
+    dashboard.mount(app)
     _describe(app)
     return app
 

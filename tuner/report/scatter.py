@@ -52,7 +52,8 @@ def scatter(source: ReportSource) -> Scatter | None:
     if baseline is None or not records:
         return None
     x_axis = cost_axis([ratio for _, ratio, _ in records])
-    y_axis = _accuracy_axis(source.goal, baseline, records)
+    accuracies = [accuracy for _, _, accuracy in records]
+    y_axis = accuracy_axis(source.goal, baseline, accuracies, HEIGHT - BOTTOM, TOP)
     threshold = source.goal.threshold(baseline)
     points = tuple(
         Point(
@@ -95,12 +96,11 @@ def cost_axis(ratios: list[float]) -> Axis:
     return Axis(low - margin, high + margin, LEFT, WIDTH - RIGHT, log=True)
 
 
-def _accuracy_axis(
-    goal: AccuracyGoal, baseline: float, records: list[tuple[TrialRecord, float, float]]
+def accuracy_axis(
+    goal: AccuracyGoal, baseline: float, accuracies: list[float], start: float, end: float
 ) -> Axis:
     """Return an axis around baseline and goal; plans that collapsed must not flatten the rest."""
     threshold = goal.threshold(baseline)
-    accuracies = [accuracy for _, _, accuracy in records]
     good = [a for a in accuracies if goal.meets(a, baseline)]
     near = [baseline, threshold, *good]
     span = max(near) - min(near) or abs(baseline) * 0.01 or 1.0
@@ -110,7 +110,7 @@ def _accuracy_axis(
     else:
         high = min(max([*accuracies, high]), high + _BELOW_GOAL * span)
     margin = _MARGIN * max(high - low, span)
-    return Axis(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
+    return Axis(low - margin, high + margin, start, end)
 
 
 def _kind(source: ReportSource, record: TrialRecord) -> str:

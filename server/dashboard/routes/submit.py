@@ -1,0 +1,88 @@
+"""Submitting a job."""
+
+import secrets
+from typing import Annotated
+
+from fastapi import Query, Request, Response
+
+from server.dashboard import submission as forms
+from server.dashboard.forms import read as read_params
+from server.dashboard.pages import back, render
+from server.dashboard.routes.common import Form, page_router
+from server.dashboard.submission import PARAMS, SubmitForm
+from server.errors import NotFoundError, QuotaError
+from server.ids import new_id
+from server.routes.common import Submitter, UsesServices
+from server.schemas import Submission
+from server.services import Services
+from tuner.errors import UnknownNameError
+from tuner.recipes import Recipe
+
+router = page_router("/submit")
+
+
+@router.get("")
+def show_form(
+    request: Request,
+    services: UsesServices,
+    caller: Submitter,
+    recipe: str = "",
+    like: Annotated[str, Query(max_length=26)] = "",
+) -> Response:
+    """Show the recipes, and the form of the one that was chosen; `like` names a job to copy."""
+    if like:
+        job = services.jobs.get(like)
+        submitted = Submission.model_validate(
+            {name: getattr(job, name) for name in Submission.model_fields}
+        )
+        texts = forms.texts_of(submitted)
+        form = forms.shown(_recipe(services, job.recipe), job.params, texts)
+    elif recipe:
+        form = forms.shown(_recipe(services, recipe), {}, {})
+    else:
+        form = None
+    return _page(request, services, form, new_id())
+
+
+@router.post("")
+def submit(request: Request, services: UsesServices, caller: Submitter, form: Form) -> Response:
+    """Queue the job that the form describes, or show what is wrong with it."""
+    recipe = _recipe(services, form.get("recipe", ""))
+    key = form.get("key", "")[:64] or secrets.token_hex(8)
+    read = forms.read(form, recipe, services.catalog)
+    errors = dict(read.errors)
+    if read.submission is not None:
+        try:
+            job, _ = services.jobs.submit(
+                read.submission,
+                caller.owner,
+                f"form-{key}",  # a second click gives the same job
+                services.settings.max_queued_jobs,
+            )
+            return back(f"/jobs/{job.id}")
+        except QuotaError as error:
+            errors[""] = str(error)
+    params = read_params(recipe.parameters.model_json_schema(), form, PARAMS)
+    shown = forms.shown(recipe, params, form, errors)
+    return _page(request, services, shown, new_id(), status=422)
+
+
+def _recipe(services: Services, name: str) -> Recipe:
+    try:
+        return services.catalog.get(name)
+    except UnknownNameError as error:
+        raise NotFoundError(str(error)) from error
+
+
+def _page(
+    request: Request, services: Services, form: SubmitForm | None, key: str, status: int = 200
+) -> Response:
+    return render(
+        request,
+        "submit.html",
+        status,
+        form=form,
+        key=key,
+        recipes=services.catalog.recipes,
+        broken=services.catalog.broken,
+    )
