@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up by themselves in .venv.
+# `make demo`, `make serve` and `make test` set everything up by themselves in .venv.
 #
 # PYTHON      the interpreter that .venv is made with (3.11 or newer)
 # TORCH_ARGS  where pip takes torch from; its default build brings CUDA along, the CPU build is
@@ -14,10 +14,11 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 SOURCES := tuner strategies server tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean distclean
+.PHONY: help demo serve test lint format bench clean distclean
 
 help:
 	@echo "make demo    tune a CNN on handwritten digits and show every trial"
+	@echo "make serve   run the service and its dashboard at http://127.0.0.1:8765"
 	@echo "make test    run the tests"
 	@echo "make lint    run ruff and mypy"
 	@echo "make format  let ruff put the code into shape"
@@ -26,6 +27,9 @@ help:
 
 demo: $(VENV)/runtime.stamp
 	$(BIN)/tuner demo
+
+serve: $(VENV)/runtime.stamp
+	$(BIN)/tuner serve
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
