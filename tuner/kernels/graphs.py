@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from tuner.kernels.formulas import Formula
 
@@ -52,6 +49,11 @@ class Graph:
     """
 
     def __init__(self, formula: Formula, tensors: Sequence[Tensor], static_last: bool) -> None:
+        # a third of the time that torch itself takes to import, which only accelerators need
+        from torch._subclasses import FakeTensorMode  # torch, its compiler's half
+        from torch.fx.experimental.proxy_tensor import make_fx  # torch, its compiler's half
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # torch, its compiler's half
+
         self._shapes = ShapeEnv(duck_shape=False)
         mode = FakeTensorMode(shape_env=self._shapes)
         fakes: list[Any] = [_fake(t, mode, static_last and t.ndim > 1) for t in tensors]
@@ -88,18 +90,23 @@ class Graph:
         self._call(*tensors)
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode, static_last: bool) -> Tensor:
-    sizes = [DimDynamic.DYNAMIC] * tensor.ndim
+def _fake(tensor: Tensor, mode: Any, static_last: bool) -> Tensor:
+    from torch.fx.experimental import symbolic_shapes  # torch, its compiler's half
+
+    sizes = [symbolic_shapes.DimDynamic.DYNAMIC] * tensor.ndim
     if static_last:
-        sizes[-1] = DimDynamic.STATIC
-    context = StatelessSymbolicContext(  # type: ignore[var-annotated]
-        dynamic_sizes=sizes
-    )
-    return mode.from_tensor(tensor, symbolic_context=context)
+        sizes[-1] = symbolic_shapes.DimDynamic.STATIC
+    context: Any = symbolic_shapes.StatelessSymbolicContext(dynamic_sizes=sizes)
+    fake: Tensor = mode.from_tensor(tensor, symbolic_context=context)
+    return fake
 
 
 class Graphs:
-    """All graphs of a process: at most one for a formula, dtype, device and `kind` of shapes."""
+    """All graphs of a process: at most one for a formula, dtype, device and `kind` of shapes.
+
+    There are 39 kinds: six layouts of scales for each of five roundings and the backward mask, and
+    three of MX. A search needs two (mixed-int) to six (mx, everything) of them.
+    """
 
     def __init__(self) -> None:
         self._graphs: dict[_Key, Graph] = {}
