@@ -419,7 +419,7 @@ def test_without_a_compiler_torch_does_the_same(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=True,
     )
     x = torch.linspace(-3, 3, 64)
