@@ -1,7 +1,6 @@
 """The recipes that jobs can name: built in, installed as entry points, or files of a folder."""
 
 import importlib.util
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from server import strict_json
 from server.errors import InvalidError
 from server.problems import field_errors
 from tuner.errors import UnknownNameError
@@ -98,9 +98,9 @@ def _checked(recipe: Recipe, params: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
     dumped = given.model_dump(mode="json", exclude_unset=True)
     try:
-        json.dumps(dumped, allow_nan=False, ensure_ascii=False).encode()
+        strict_json.check(dumped)
     except ValueError as error:
-        place = {"detail": "infinite, NaN, or text that is not Unicode", "pointer": "/params"}
+        place = {"detail": str(error), "pointer": "/params"}
         raise InvalidError(f"the parameters cannot be stored: {error}", errors=[place]) from error
     return dumped
 

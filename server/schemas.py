@@ -3,8 +3,9 @@
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from server import strict_json
 from server.auth import Scope
 from server.states import State
 from tuner.config import TuningConfig
@@ -54,6 +55,13 @@ class Submission(_Body):
     labels: dict[LabelName, Label] = Field(default_factory=dict, max_length=32)
     max_attempts: int = Field(default=3, ge=1, le=100)
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @field_validator("params", "config")
+    @classmethod
+    def _is_strict_json(cls, value: Any) -> Any:
+        is_model = isinstance(value, BaseModel)
+        strict_json.check(value.model_dump() if is_model else value)
+        return value
 
 
 class Progress(_Answer):

@@ -1,6 +1,7 @@
 """What clients see of the rows of the database."""
 
 from typing import cast
+from urllib.parse import quote
 
 from server.db.models import ArtifactRow, EventRow, JobRow
 from server.schemas import Artifact, Event, EventKind, Job, JobLinks, Progress
@@ -51,5 +52,5 @@ def artifact(row: ArtifactRow) -> Artifact:
         size_bytes=row.size_bytes,
         sha256=row.sha256,
         created_at=row.created_at,
-        href=f"{JobLinks.of(row.job_id).artifacts}/{row.name}",
+        href=f"{JobLinks.of(row.job_id).artifacts}/{quote(row.name, safe='')}",
     )

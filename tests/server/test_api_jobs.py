@@ -1,5 +1,6 @@
 """Jobs over HTTP: submitted, listed, read, paused, resumed and cancelled."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,10 @@ ClientOf = Callable[..., TestClient]
 
 def _submit(client: TestClient, key: str | None = None, **fields: Any) -> Response:
     headers = {} if key is None else {"Idempotency-Key": key}
-    return client.post("/v1/jobs", json=BODY | fields, headers=headers)
+    body = json.dumps(BODY | fields)
+    return client.post(
+        "/v1/jobs", content=body, headers={"Content-Type": "application/json", **headers}
+    )
 
 
 def _pointers(answer: Response) -> list[str]:
@@ -67,8 +71,8 @@ def test_the_same_key_gives_the_same_job(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "a b", "é"])
-def test_an_odd_key_is_refused(key: str, client: TestClient) -> None:
-    answer = client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": key.encode()})
+def test_an_odd_key_is_refused(key: str, any_client: TestClient) -> None:
+    answer = any_client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": key.encode()})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["in"] == "header"
 
@@ -90,6 +94,7 @@ def test_an_odd_key_is_refused(key: str, client: TestClient) -> None:
             {"config": {"space": {"rules": [{}]}}},
             ["/config/space", "/config/space/rules/0/options"],
         ),
+        ({"config": {"goal": {"metric": "\ud800"}}}, ["/config"]),
         ({"labels": {"a": 1}}, ["/labels/a"]),
         ({"labels": {"a:b": "c"}}, ["/labels/a:b"]),
         ({"labels": {'a"b': "c"}}, ['/labels/a"b']),
@@ -98,26 +103,25 @@ def test_an_odd_key_is_refused(key: str, client: TestClient) -> None:
     ],
 )
 def test_what_is_wrong_is_pointed_at(
-    fields: dict[str, Any], pointers: list[str], client: TestClient
+    fields: dict[str, Any], pointers: list[str], any_client: TestClient
 ) -> None:
-    assert _pointers(_submit(client, **fields)) == pointers
-    assert client.get("/v1/jobs").json()["items"] == []
+    assert _pointers(_submit(any_client, **fields)) == pointers
 
 
-def test_a_missing_field_is_pointed_at(client: TestClient) -> None:
-    assert _pointers(client.post("/v1/jobs", json={})) == ["/recipe"]
+def test_a_missing_field_is_pointed_at(any_client: TestClient) -> None:
+    assert _pointers(any_client.post("/v1/jobs", json={})) == ["/recipe"]
 
 
-def test_an_unknown_recipe_is_refused_with_the_near_ones(client: TestClient) -> None:
-    answer = _submit(client, recipe="digit-resnet")
+def test_an_unknown_recipe_is_refused_with_the_near_ones(any_client: TestClient) -> None:
+    answer = _submit(any_client, recipe="digit-resnet")
     assert _pointers(answer) == ["/recipe"]
     assert "Did you mean digits-resnet" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("value", ["1e999", "NaN", "Infinity"])
-def test_what_is_no_number_cannot_be_a_parameter(value: str, client: TestClient) -> None:
+def test_what_is_no_number_cannot_be_a_parameter(value: str, any_client: TestClient) -> None:
     params = f'{{"outlier_factor": {value}}}'
-    answer = client.post(
+    answer = any_client.post(
         "/v1/jobs",
         content=f'{{"recipe": "digits-vit-outliers", "params": {params}}}',
         headers={"Content-Type": "application/json"},
@@ -125,8 +129,8 @@ def test_what_is_no_number_cannot_be_a_parameter(value: str, client: TestClient)
     assert _pointers(answer)[0].startswith("/params")
 
 
-def test_parameters_are_kept_as_given_without_defaults(client: TestClient) -> None:
-    job = _submit(client, params={"seed": "4"}).json()
+def test_parameters_are_kept_as_given_without_defaults(any_client: TestClient) -> None:
+    job = _submit(any_client, params={"seed": "4"}).json()
     assert job["params"] == {"seed": 4}
 
 
@@ -185,9 +189,12 @@ def test_a_finished_job_shows_what_it_found(
     assert job["finished_at"] >= job["started_at"] >= job["created_at"]
 
 
-def test_a_job_that_is_not_there_is_not_found(client: TestClient) -> None:
+def test_a_job_that_is_not_there_is_not_found(any_client: TestClient) -> None:
     for job_id in ("0" * 26, "x", "%00", "A" * 26, "a" * 300):
-        for answer in (client.get(f"/v1/jobs/{job_id}"), client.post(f"/v1/jobs/{job_id}:cancel")):
+        for answer in (
+            any_client.get(f"/v1/jobs/{job_id}"),
+            any_client.post(f"/v1/jobs/{job_id}:cancel"),
+        ):
             assert answer.status_code == 404
             assert answer.headers["content-type"] == "application/problem+json"
 
@@ -238,8 +245,8 @@ def test_a_list_can_be_filtered(client: TestClient) -> None:
         "label=a%22b:c",
     ],
 )
-def test_an_odd_query_is_refused(query: str, client: TestClient) -> None:
-    answer = client.get(f"/v1/jobs?{query}")
+def test_an_odd_query_is_refused(query: str, any_client: TestClient) -> None:
+    answer = any_client.get(f"/v1/jobs?{query}")
     assert answer.status_code == 422
     name = query.partition("=")[0]
     assert answer.json()["errors"][0]["in"] == "query"
