@@ -5,9 +5,7 @@ from torch import Tensor
 
 from tuner import formats
 from tuner.granularity import PerBlock, PerGroup, PerTensor
-from tuner.kernels import Grid, check_floats, snap
-from tuner.kernels.buffers import POOL
-from tuner.kernels.native import takes
+from tuner.kernels import Grid, check_floats, snap, snap_rows
 from tuner.qparams import (
     QParams,
     check_qparams,
@@ -43,14 +41,14 @@ class Quantizer:
         check_floats(x, "quantization")
         # what follows is arithmetic on plain tensors: no function mode needs to see it
         with torch._C.DisableTorchFunction():
-            if not x.is_contiguous() and _has_gaps_between_rows(x):
-                x = _closed_up(x)  # as the op would, and before it: kernels want no gaps
+            # rows with gaps are closed up, as the op itself would do
+            has_gaps = not x.is_contiguous() and _has_gaps_between_rows(x)
             if self.qparams is None:
-                return fake_quantize(x, self.scheme)
+                return fake_quantize(x.contiguous() if has_gaps else x, self.scheme)
             grid = self._grid(x, self.qparams)
             if x.requires_grad and torch.is_grad_enabled():
-                return fake_quantize_on(x, grid)
-            return snap(x, grid)
+                return fake_quantize_on(x.contiguous() if has_gaps else x, grid)
+            return snap_rows(x, grid) if has_gaps else snap(x, grid)
 
     @property
     def is_elementwise(self) -> bool:
@@ -97,12 +95,6 @@ def _has_gaps_between_rows(x: Tensor) -> bool:
         return False
     reach = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
     return reach + 1 != x.numel()
-
-
-def _closed_up(x: Tensor) -> Tensor:
-    if not takes(x) or (x.requires_grad and torch.is_grad_enabled()):
-        return x.contiguous()
-    return POOL.empty_rows(x.shape, x.dtype).copy_(x)
 
 
 def _reach(scheme: TensorScheme) -> str:

@@ -174,6 +174,30 @@ def test_large_tensors_in_pieces(name: str, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+GAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "heads": lambda x: x[:, :, 0].transpose(1, 2),
+    "part": lambda x: x[:, :, 1],
+    "short rows": lambda x: x[..., :7],  # five axes
+    "matrix": lambda x: x[0, 0, 0, :, :3],
+    "repeated": lambda x: x[:, :1, 0].expand(-1, 5, -1, -1)[..., :9],
+    "long rows": lambda x: x.reshape(2, -1)[:, :5000],
+    "nothing": lambda x: x[:, :0, 1],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", GAPS)
+@pytest.mark.parametrize("name", ["int8", "e4m3fn", "nf4"])
+def test_rows_with_gaps(name: str, view: str, dtype: torch.dtype) -> None:
+    whole = odd_values((32, 16, 3, 4, 20), dtype)
+    x = GAPS[view](whole)
+    quantizer = Quantizer(TensorScheme(format=name), QParams(0.05))
+    native, torch_only = both_paths(lambda: quantizer(x))
+    assert native.is_contiguous()
+    assert_same(native, torch_only)
+    assert_same(native, fake_quantize(x.clone(), quantizer.scheme, QParams(0.05)))
+
+
 BLOCK_FORMATS = ["nvfp4", "nvfp4_subnormal", "nf4", "abfp4", "abfp8_n128", "mxfp6_e3m2", "mxint8"]
 
 

@@ -9,6 +9,7 @@ from tuner.kernels.grid import (
     compute_dtype,
     masked_gradient,
     snap,
+    snap_rows,
 )
 from tuner.kernels.layout import (
     block_parameter,
@@ -41,5 +42,6 @@ __all__ = [
     "parameter_shape",
     "snap",
     "snap_mx",
+    "snap_rows",
     "to_rows",
 ]

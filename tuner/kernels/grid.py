@@ -108,6 +108,12 @@ def snap(x: Tensor, grid: Grid) -> Tensor:
     return _snap_in_torch(x, grid) if out is None else out
 
 
+def snap_rows(x: Tensor, grid: Grid) -> Tensor:
+    """Return `snap(x.contiguous())` of a tensor whose rows have gaps between them, in one pass."""
+    out = grid.native.snap_rows(x) if takes(x) else None
+    return snap(x.contiguous(), grid) if out is None else out
+
+
 def _kernels(x: Tensor, grid: Grid) -> NativeGrid | FusedGrid | None:
     """Return what computes in one pass on the device of a tensor, None if nothing does."""
     if takes(x):

@@ -27,6 +27,7 @@ _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "snap_tensor": (_POINTER, _POINTER, _INT64, _FLOAT, _FLOAT, _FLOAT, _POINTER),
     "snap_layout": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+    "snap_rows": (_POINTER, _POINTER, _POINTER, _FLOAT, _FLOAT, _FLOAT, _POINTER),
     "mask_tensor": (_POINTER, _POINTER, _POINTER, _INT64, _FLOAT, _FLOAT),
     "mask_layout": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
     "amax_blocks": (_POINTER, _POINTER, _INT64, _INT64, _INT64),
@@ -46,6 +47,13 @@ class _Codec(ctypes.Structure):
 
 class _Layout(ctypes.Structure):
     _fields_ = tuple((name, _INT64) for name in ("outer", "n", "inner", "size", "so", "sk", "si"))
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT64 * 3) for name in ("count", "step")),
+        ("length", _INT64),
+    )
 
 
 class _Parameters(ctypes.Structure):
@@ -152,6 +160,22 @@ class NativeGrid:
         out = POOL.empty_like(x)
         run = _function("snap_layout", x.dtype)
         run(x.data_ptr(), out.data_ptr(), *prepared.addresses, self._codec_address)
+        return out
+
+    def snap_rows(self, x: Tensor) -> Tensor | None:
+        """Return a contiguous `snap(x)` of rows with gaps between them; None if it must be copied.
+
+        The values of a row, on the last axis, lie side by side.
+        """
+        if self._codec_address is None or self._numbers is None or not x.numel():
+            return None
+        rows = _rows_of(tuple(x.shape), x.stride())
+        if rows is None:
+            return None
+        out = POOL.empty_rows(x.shape, x.dtype)
+        run = _function("snap_rows", x.dtype)
+        addresses = x.data_ptr(), out.data_ptr(), ctypes.addressof(rows)
+        run(*addresses, *self._numbers, self._codec_address)
         return out
 
     def mask(self, x: Tensor, gradient: Tensor, ends: tuple[Bound, Bound]) -> Tensor | None:
@@ -314,6 +338,16 @@ def _floats(
         return None
     block_parameter(bound, shape, granularity)  # raises where the shape does not fit
     return bound.expand(expected).to(torch.float32).contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _rows_of(shape: Shape, strides: Shape) -> _Rows | None:
+    """Return the rows of a tensor of at most four axes, the last of which is dense."""
+    if not 1 <= len(shape) <= 4 or strides[-1] != 1:
+        return None
+    missing = 4 - len(shape)
+    count, step = (1,) * missing + shape[:-1], (0,) * missing + strides[:-1]
+    return _Rows((_INT64 * 3)(*count), (_INT64 * 3)(*step), shape[-1])
 
 
 @lru_cache(maxsize=4096)

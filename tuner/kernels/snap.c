@@ -23,6 +23,11 @@ typedef struct {
     int64_t outer, n, inner, size, so, sk, si;
 } layout_t;
 
+/* Rows of `length` values each, `step` apart along three axes of `count` rows. */
+typedef struct {
+    int64_t count[3], step[3], length;
+} rows_t;
+
 typedef struct {
     const float *scale, *inverse; /* null: values are divided by the scale */
     const float *low, *high;      /* these, too, lie as scale does, or are null: */
@@ -31,6 +36,7 @@ typedef struct {
 
 enum { STRIP = 64, MX_STRIP = 32 }; /* short runs, or blocks, that a thread takes at a time */
 enum { CACHED = 256 };              /* values that stay in the cache over all entries */
+enum { GATHERED = 4096 };           /* values of short rows that are put together first */
 
 /* The comparisons are written so that NaN fails them and stays. */
 static inline float to_integer(float v, float low, float high) {
@@ -208,6 +214,32 @@ void snap_layout_##SUFFIX(const T *x, T *y, const layout_t *l, const params_t *p
                           const codec_t *c) {                                                      \
     WALK(snap_one_##SUFFIX(x + from, y + from, count, p, at, c),                                   \
          snap_each_##SUFFIX(x + from, y + from, count, p, at, c))                                  \
+}                                                                                                  \
+ALWAYS_INLINE void copy_row_##SUFFIX(T *restrict y, const T *restrict x, int64_t n) {              \
+    int64_t i = 0;                                                                                 \
+    for (; i + 16 <= n; i += 16) memcpy(y + i, x + i, 16 * sizeof(T)); /* no call: of fixed size */ \
+    for (; i < n; i++) y[i] = x[i];                                                                \
+}                                                                                                  \
+void snap_rows_##SUFFIX(const T *x, T *y, const rows_t *r, float scale, float low, float high,     \
+                        const codec_t *c) {                                                        \
+    const params_t p = {&scale, 0, 0, 0, low, high};                                               \
+    const int64_t inner = r->count[2], middle = r->count[1], length = r->length;                   \
+    const int64_t total = r->count[0] * middle * inner;                                            \
+    const int64_t strip = length < GATHERED ? GATHERED / length : 1;                               \
+    PARALLEL_FOR(total * length)                                                                   \
+    for (int64_t first = 0; first < total; first += strip) {                                       \
+        const int64_t rows = first + strip < total ? strip : total - first;                        \
+        int64_t k = first % inner, j = first / inner % middle, i = first / inner / middle;         \
+        T gathered[GATHERED];                                                                      \
+        const T *source = x + i * r->step[0] + j * r->step[1] + k * r->step[2];                    \
+        for (int64_t row = 0; strip > 1 && row < rows; row++) {                                    \
+            const T *from = x + i * r->step[0] + j * r->step[1] + k * r->step[2];                  \
+            copy_row_##SUFFIX(gathered + row * length, from, length);                              \
+            if (++k == inner) { k = 0; if (++j == middle) { j = 0; i++; } }                        \
+        }                                                                                          \
+        source = strip > 1 ? gathered : source;                                                    \
+        snap_one_##SUFFIX(source, y + first * length, rows * length, &p, 0, c);                    \
+    }                                                                                              \
 }                                                                                                  \
 void mask_tensor_##SUFFIX(const T *x, const T *g, T *y, int64_t n, float low, float high) {        \
     const params_t p = {0, 0, 0, 0, low, high};                                                    \
