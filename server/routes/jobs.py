@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
-from server import cursors, etags, views
+from server import asset_parameters, cursors, etags, views
 from server.auth import Caller
 from server.problems import declared
 from server.routes.common import (
@@ -59,6 +59,8 @@ def submit_job(
 ) -> Job:
     """Queue a job: a recipe, its parameters, and what the search is to do."""
     params = services.catalog.checked(submission.recipe, submission.params)
+    schema = services.catalog.schema(submission.recipe)
+    asset_parameters.check(services.assets, schema, params, caller.owner)
     row, _ = services.jobs.submit(
         submission.model_copy(update={"params": params}),
         caller.owner,

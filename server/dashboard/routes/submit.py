@@ -5,12 +5,13 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 
+from server import asset_parameters
 from server.dashboard import submission as forms
 from server.dashboard.forms import read as read_params
 from server.dashboard.pages import back, render
 from server.dashboard.routes.common import Form, page_router
 from server.dashboard.submission import PARAMS, SubmitForm
-from server.errors import NotFoundError, QuotaError
+from server.errors import InvalidError, NotFoundError, QuotaError
 from server.ids import new_id
 from server.routes.common import Submitter, UsesServices
 from server.schemas import Submission
@@ -52,6 +53,8 @@ def submit(request: Request, services: UsesServices, caller: Submitter, form: Fo
     read = forms.read(form, recipe, services.catalog)
     errors = dict(read.errors)
     if read.submission is not None:
+        errors |= _foreign_uploads(services, read.submission, caller.owner)
+    if read.submission is not None and not errors:
         try:
             job, _ = services.jobs.submit(
                 read.submission,
@@ -65,6 +68,17 @@ def submit(request: Request, services: UsesServices, caller: Submitter, form: Fo
     params = read_params(recipe.parameters.model_json_schema(), form, PARAMS)
     shown = forms.shown(recipe, params, form, errors)
     return _page(request, services, shown, new_id(), status=422)
+
+
+def _foreign_uploads(services: Services, submission: Submission, owner: str) -> dict[str, str]:
+    """Return what is wrong with the uploads that a submission names, by the name of the field."""
+    schema = services.catalog.schema(submission.recipe)
+    try:
+        asset_parameters.check(services.assets, schema, submission.params, owner)
+    except InvalidError as error:
+        found = error.details["errors"]
+        return {".".join(one["pointer"].split("/")[1:3]): one["detail"] for one in found}
+    return {}
 
 
 def _recipe(services: Services, name: str) -> Recipe:
