@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     RETRY = 75  # disk, memory or database failed: another attempt may go well
     STOPPED = 76  # as asked, after a trial
     LEASE_LOST = 77  # somebody else holds the job
+    INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from server.errors import ServerError
 from tuner.costs import named_storage
 
+SUFFIX = ".safetensors"
+
 
 class WeightsError(ServerError):
     """A recipe no longer builds the model that its job began with."""
@@ -22,7 +24,7 @@ class WeightsError(ServerError):
 
 def path_of(models_dir: Path, job_id: str) -> Path:
     """Return where the weights of a job are kept until it ends."""
-    return models_dir / f"{job_id}.safetensors"
+    return models_dir / f"{job_id}{SUFFIX}"
 
 
 def keep(model: nn.Module, path: Path) -> None:

@@ -1,5 +1,6 @@
 """A process that leads a group of its own, with a log, so that all that it starts ends with it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ class ProcessGroup:
     """
 
     def __init__(self, arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
+        self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._process = subprocess.Popen(
@@ -59,6 +61,12 @@ class ProcessGroup:
             return sum(map(_resident_bytes, (leader, *leader.children(recursive=True))))
         except psutil.NoSuchProcess:
             return 0
+
+    def trim_log(self, max_bytes: int) -> None:
+        """Begin the log anew where it has grown beyond this; the group goes on writing to it."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._log.stat().st_size > max_bytes:
+                os.truncate(self._log, 0)
 
     def _signal(self, number: signal.Signals) -> None:
         try:

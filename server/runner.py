@@ -30,10 +30,11 @@ from server.patience import patiently
 from server.settings import Settings
 from tuner import quantization
 from tuner.config import TuningConfig
-from tuner.errors import TuningCancelled
+from tuner.errors import StudyMismatchError, TuningCancelled
 from tuner.progress import Progress
 from tuner.quantized_model import QuantizedModel
 from tuner.recipes import Task
+from tuner.recipes.assets import assets_in
 from tuner.records import TrialRecord
 from tuner.results import TuningResult
 from tuner.storage import Storage
@@ -50,6 +51,11 @@ _MAY_PASS = (
     DatabaseError,
     OperationalError,
     InterfaceError,
+)
+_OTHER_WEIGHTS = (
+    "This attempt did not come to the model, space or seed that the job began with. Weights are "
+    "kept in the folder `models` of the data folder: let all workers share the data folder, or "
+    "make the recipe give the same weights on every host; then submit the job again."
 )
 _log = logging.getLogger(__name__)
 
@@ -118,9 +124,13 @@ class Runner:
         """Run the job and say how that ended; the job's row says more where it has ended."""
         try:
             return self._tuned()
+        except KeyboardInterrupt:
+            return ExitCode.INTERRUPTED
         except LeaseLostError as error:
             _log.warning("%s", error)
             return ExitCode.LEASE_LOST
+        except StudyMismatchError:
+            return self._failed(f"{traceback.format_exc()}\n{_OTHER_WEIGHTS}")
         # The recipe's code may raise anything: this is the boundary where it is told.
         except (Exception, SystemExit) as error:
             if isinstance(error, TuningCancelled) and self._stop.is_asked:
@@ -144,7 +154,8 @@ class Runner:
         """Build the recipe's task, its model with the weights that the job began with."""
         recipe = Catalog.load(self._settings.recipes_dir).get(job.recipe)
         _seed(job.config["seed"])
-        task = recipe.task(**job.params)
+        with assets_in(self._settings.assets_dir):
+            task = recipe.task(**job.params)
         model_weights.keep(task.model, model_weights.path_of(self._settings.models_dir, job.id))
         return task
 
@@ -272,6 +283,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
     errand = Errand.parse(arguments)
     stop = Stop()
     signal.signal(signal.SIGTERM, stop.ask)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may inherit another
     _die_with(errand.worker_pid)
     faulthandler.enable()
     logging.basicConfig(

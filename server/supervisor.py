@@ -22,6 +22,7 @@ from server.states import ENDED, Move, State
 _TICK_S = 0.1
 _BEATS_PER_LEASE = 3
 _TAIL_BYTES = 4000
+_LOG_BYTES = 64 << 20
 _LONGEST_BACKOFF_S = 60.0
 _GIB = 1 << 30
 _log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ class Supervisor:
 
     def _command(self) -> list[str]:
         errand = Errand(self._claim, os.getpid(), self._log_file)
-        return [sys.executable, "-m", "server.runner", *errand.arguments()]
+        # -P: a server.py where the worker happens to be is not ours
+        return [sys.executable, "-P", "-m", "server.runner", *errand.arguments()]
 
     def _environ(self) -> Mapping[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("ACCUTUNE_")}
@@ -119,6 +121,7 @@ class Supervisor:
         return None
 
     def _by_limits(self, group: ProcessGroup) -> Verdict | None:
+        group.trim_log(_LOG_BYTES)
         limit_s, limit_bytes = self._job.timeout_s, self._settings.memory_limit_bytes
         if limit_s is not None and self._spent_s() > limit_s:
             return Verdict(Move.FAIL, f"the job needed more than its timeout_s of {limit_s:g}")
@@ -198,7 +201,7 @@ class Supervisor:
         return partial(self._jobs.lose, self._claim, verdict.reason)
 
 
-_ASKED = (-signal.SIGTERM, -signal.SIGINT)
+_ASKED = (-signal.SIGTERM, -signal.SIGINT, ExitCode.INTERRUPTED)
 
 
 def _described(code: int) -> str:

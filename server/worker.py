@@ -4,6 +4,8 @@ import contextlib
 import logging
 import signal
 import threading
+import time
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -13,11 +15,13 @@ from server.db import Database, is_current
 from server.errors import DatabaseError, SettingsError
 from server.heartbeat import Heartbeat
 from server.jobs import Jobs
+from server.patience import patiently
 from server.settings import Settings
-from server.states import ENDED
 from server.supervisor import Supervisor
 
 _LONGEST_PAUSE_S = 30.0
+_START_PATIENCE_S = 60.0
+_SWEEP_S = 600.0
 _log = logging.getLogger(__name__)
 
 
@@ -31,6 +35,7 @@ class Worker:
         self._heartbeat = Heartbeat(settings, self._database)
         self._slots: dict[int, tuple[Supervisor, threading.Thread]] = {}
         self._drain_s: float | None = None
+        self._sweep_at = time.monotonic()
         self._wake: SimpleQueue[None] = SimpleQueue()  # unlike an Event, safe in signal handlers
 
     @property
@@ -43,7 +48,7 @@ class Worker:
 
         Raises SettingsError where the database lacks tables, DatabaseError where it is away.
         """
-        check_tables(self._database)
+        patiently(partial(check_tables, self._database), _START_PATIENCE_S)
         self._heartbeat.start()
         _log.info("worker %s takes jobs from %s", self.id, self._database.engine.url)
         try:
@@ -77,9 +82,8 @@ class Worker:
 
     def _take_job(self) -> bool:
         """Take back what was lost, and the next job if a slot is free; return whether it was."""
-        for job_id in self._jobs.expire():
-            if self._jobs.get(job_id).state in ENDED:
-                leftovers.clear(self._settings, job_id)
+        self._jobs.expire()
+        self._sweep()
         slot = self._free_slot()
         claimed = None if slot is None else self._jobs.claim(self.id, self._settings.lease_s)
         if slot is None or claimed is None:
@@ -91,6 +95,12 @@ class Worker:
         self._slots[slot] = supervisor, thread
         thread.start()
         return True
+
+    def _sweep(self) -> None:
+        """From time to time remove what jobs left that ended while no worker held them."""
+        if time.monotonic() >= self._sweep_at:
+            leftovers.sweep(self._settings, self._jobs)
+            self._sweep_at = time.monotonic() + _SWEEP_S
 
     def _supervise(self, supervisor: Supervisor) -> None:
         try:

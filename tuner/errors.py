@@ -50,6 +50,10 @@ class StorageError(TunerError):
     """A study cannot be stored, or a stored one cannot be resumed."""
 
 
+class StudyMismatchError(StorageError):
+    """A stored study was made with another model, space, strategy or seed."""
+
+
 class SaveError(TunerError):
     """A model directory cannot be written or read."""
 

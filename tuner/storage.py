@@ -32,7 +32,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from tuner.errors import StorageError
+from tuner.errors import StorageError, StudyMismatchError
 from tuner.storage_errors import patiently, shown
 
 T = TypeVar("T")
@@ -382,7 +382,7 @@ def _check_header(name: str, stored: Mapping[str, Any], ours: Mapping[str, Any])
         if old.get(key) != new.get(key)
     ]
     if differences:
-        raise StorageError(
+        raise StudyMismatchError(
             f"study {name!r} cannot be resumed, it was made with others: {'; '.join(differences)}. "
             "Choose another study_name, or run with what it was made with"
         )

@@ -14,6 +14,7 @@ from server.db import Database
 from server.db.models import JobRow
 from server.errand import ExitCode
 from server.jobs import Claim, Jobs
+from server.process_group import ProcessGroup
 from server.settings import Settings
 from server.states import Move, State
 from server.supervisor import Supervisor
@@ -236,6 +237,19 @@ def test_without_its_database_a_job_is_left_when_its_lease_is_gone(quick: Settin
     began = time.monotonic()
     supervisor.run()
     assert 1.0 <= time.monotonic() - began < 20.0
+
+
+def test_a_log_that_grows_too_long_begins_anew(tmp_path: Path) -> None:
+    script = "import time; print('x' * 10000, flush=True); time.sleep(1); print('end')"
+    log = tmp_path / "logs" / "log"
+    group = ProcessGroup([sys.executable, "-c", script], {}, log)
+    while log.stat().st_size < 10_000:
+        time.sleep(0.02)
+    group.trim_log(20_000)
+    assert log.stat().st_size == 10_001
+    group.trim_log(5_000)
+    assert group.wait(_PATIENCE_S) == 0
+    assert log.read_text() == "end\n"
 
 
 def _claimed(jobs: Jobs) -> tuple[Claim, JobRow]:
