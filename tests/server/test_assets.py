@@ -80,6 +80,40 @@ def test_a_hostile_safetensors_file_is_refused(case: str, tmp_path: Path) -> Non
         safetensors_file.check(path)
 
 
+# The libraries refuse some of these, too: these words are those of our own check.
+_OWN_WORDS = {
+    "overlapping members": "overlaps another one",
+    "zip64": "too large for a plain zip",
+    "a huge directory": "at most 1024",
+    "something before": "does not begin as",
+    "nested": "without fields",
+    "an expression": "without fields",
+}
+_OWN_SAFETENSORS_WORDS = {
+    "overlapping": "overlaps another one",
+    "a gap": "leaves a gap",
+    "bytes of no tensor": "belong to no tensor",
+    "a very long header": "at most 8388608",
+    "true for an axis": "no shape that is allowed",
+}
+
+
+@pytest.mark.parametrize("case", _OWN_WORDS)
+def test_our_own_check_of_an_npz_comes_first(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "upload"
+    path.write_bytes(hostile.NPZ[case]())
+    with pytest.raises(InvalidError, match=_OWN_WORDS[case]):
+        npz_file.check(path, _MOST_BYTES)
+
+
+@pytest.mark.parametrize("case", _OWN_SAFETENSORS_WORDS)
+def test_our_own_check_of_safetensors_comes_first(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "upload"
+    path.write_bytes(hostile.SAFETENSORS[case]())
+    with pytest.raises(InvalidError, match=_OWN_SAFETENSORS_WORDS[case]):
+        safetensors_file.check(path)
+
+
 def _arrays() -> dict[str, Any]:
     kinds = ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64")
     arrays: dict[str, Any] = {kind: np.ones((2, 3), kind) for kind in kinds}
