@@ -60,7 +60,7 @@ def back(path: str) -> RedirectResponse:
 
 
 class PageRoute(APIRoute):
-    """A route whose errors are pages; without a session it leads to the login."""
+    """A route whose errors are pages; a browser without a session is led to the login."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap what answers the request."""
@@ -89,8 +89,9 @@ def query(**values: str | int | None) -> str:
 
 
 def _unauthenticated(request: Request, error: ServerError) -> Response:
-    if FRAGMENT_HEADER in request.headers or request.method != "GET":
-        return _error_page(request, error.status, str(error))
+    is_page = "text/html" in request.headers.get("accept", "") and request.method == "GET"
+    if FRAGMENT_HEADER in request.headers or not is_page:
+        return _error_page(request, error.status, str(error), dict(error.headers))
     wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     return RedirectResponse(f"/login?next={quote(wanted, safe='')}", 303)
 

@@ -20,10 +20,10 @@ from tuner.recipes import Recipe
 
 PARAMS = "params."
 _GOALS = {
-    "relative": "may drop by at most … % of FP32's",
-    "absolute": "may drop by at most …",
-    "at_least": "must be at least …",
-    "at_most": "must be at most …",
+    "relative": "drop, in % of FP32's",
+    "absolute": "drop, absolute",
+    "at_least": "at least",
+    "at_most": "at most",
 }
 _OBJECTIVES = {"bops": "bit operations", "size": "size"}
 _DIRECTIONS = {"higher": "higher is better", "lower": "lower is better"}
@@ -193,7 +193,7 @@ def _labels(form: Mapping[str, str], errors: dict[str, str]) -> dict[str, str]:
         if not line.strip():
             continue
         if not separator:
-            errors["labels"] = f"{line!r} is no label: write one `name: value` a line"
+            errors["labels"] = f"{line!r} is no label: write one a line, as name: value"
         labels[name.strip()] = value.strip()
     return labels
 
@@ -237,8 +237,15 @@ _DEFAULT = TuningConfig()
 _MAX_SEED = 2**31 - 1
 _GROUPS: dict[str, tuple[Field, ...]] = {
     "goal": (
-        Field("goal.kind", "The metric", "choice", "relative", choices=_choices(_GOALS)),
-        Field("goal.amount", "…", "number", "1", "Hard: what is returned met it.", required=True),
+        Field("goal.kind", "Limit", "choice", "relative", choices=_choices(_GOALS)),
+        Field(
+            "goal.amount",
+            "Amount",
+            "number",
+            "1",
+            "A hard limit: what is returned met it.",
+            required=True,
+        ),
         Field(
             "goal.direction",
             "Direction",
@@ -267,7 +274,7 @@ _GROUPS: dict[str, tuple[Field, ...]] = {
     ),
     "job": (
         Field("priority", "Priority", "integer", "0", "Higher first.", minimum=-1000, maximum=1000),
-        Field("labels", "Labels", "json", "", "One `name: value` a line."),
+        Field("labels", "Labels", "json", "", "One a line, as name: value."),
     ),
     "more": (
         Field(

@@ -6,6 +6,7 @@ from starlette.concurrency import run_in_threadpool
 from server.auth import PUBLIC, needs_token
 from server.dashboard.pages import back, render
 from server.dashboard.routes.common import Form, page_router
+from server.errors import UnauthenticatedError
 from server.routes.common import UsesServices
 
 router = page_router()
@@ -28,8 +29,10 @@ async def login(request: Request, services: UsesServices, form: Form) -> Respons
     is_secure = request.url.scheme == "https"
     found = await run_in_threadpool(services.sessions.login, answer, secret, is_secure)
     if found is None:
-        error = "This token is unknown, expired or revoked."
-        return render(request, "login.html", 401, next=target, error=error)
+        refused = UnauthenticatedError("This token is unknown, expired or revoked.")
+        page = render(request, "login.html", 401, next=target, error=str(refused))
+        page.headers.update(refused.headers)
+        return page
     return answer
 
 
