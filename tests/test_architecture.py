@@ -57,6 +57,7 @@ FORBIDDEN = {
 LONG_FILES = {
     "tests/tuner/test_qparams.py": "one table of cases, all against the same references",
     "tests/tuner/test_blocks.py": "one table of block formats, all against the same references",
+    "tests/server/test_jobs.py": "one suite over all that the queue promises",
     "tests/tuner/test_fused.py": "one suite over all that the fused kernels promise",
     "tests/tuner/test_native.py": "one suite over all that the native kernels promise",
     "tests/tuner/test_quantization.py": "one suite over all that fit() promises",

