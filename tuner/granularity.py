@@ -9,6 +9,11 @@ class _Granularity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _given(size: int | None) -> dict[str, int]:
+    """Leave out a size that is missing: pydantic says so, also where it reads JSON."""
+    return {} if size is None else {"size": size}
+
+
 class PerTensor(_Granularity):
     """One scale for the whole tensor."""
 
@@ -21,7 +26,7 @@ class PerChannel(_Granularity):
     kind: Literal["per_channel"] = "per_channel"
     axis: int = 0
 
-    def __init__(self, axis: int = 0, **data: Any) -> None:
+    def __init__(self, /, axis: int = 0, **data: Any) -> None:
         super().__init__(**{"axis": axis, **data})
 
 
@@ -36,8 +41,8 @@ class PerGroup(_Granularity):
     size: int = Field(gt=0)
     axis: int = -1
 
-    def __init__(self, size: int, axis: int = -1, **data: Any) -> None:
-        super().__init__(**{"size": size, "axis": axis, **data})
+    def __init__(self, /, size: int | None = None, axis: int = -1, **data: Any) -> None:
+        super().__init__(**_given(size), **{"axis": axis, **data})
 
 
 class PerToken(_Granularity):
@@ -52,8 +57,8 @@ class PerBlock(_Granularity):
     kind: Literal["per_block"] = "per_block"
     size: int = Field(gt=0)
 
-    def __init__(self, size: int, **data: Any) -> None:
-        super().__init__(**{"size": size, **data})
+    def __init__(self, /, size: int | None = None, **data: Any) -> None:
+        super().__init__(**_given(size), **data)
 
 
 Granularity = Annotated[

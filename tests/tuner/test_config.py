@@ -122,3 +122,21 @@ def test_bad_rules_are_refused(arguments: dict[str, Any]) -> None:
 def test_frozen() -> None:
     with pytest.raises(ValidationError):
         TuningConfig().seed = 1
+
+
+@pytest.mark.parametrize(
+    ("granularity", "wrong"),
+    [
+        ({"kind": "per_block"}, "missing"),
+        ({"kind": "per_group", "axis": 1}, "missing"),
+        ({"kind": "per_block", "size": 0}, "greater_than"),
+        ({"kind": "per_channel", "self": 1}, "extra_forbidden"),
+        ({"kind": "per_nothing"}, "union_tag_invalid"),
+    ],
+)
+def test_a_bad_granularity_in_json_is_a_validation_error(
+    granularity: dict[str, object], wrong: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TensorScheme.model_validate({"granularity": granularity})
+    assert [error["type"] for error in caught.value.errors()] == [wrong]
