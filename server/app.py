@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from server import dashboard, middleware, problems
-from server.auth import authenticate
+from server.auth import authenticate, needs_token
 from server.problems import declared
 from server.routes import (
     artifacts,
@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in _ROUTERS:
         app.include_router(router)
     dashboard.mount(app)
-    _describe(app)
+    _describe(app, settings)
     return app
 
 
@@ -97,7 +97,7 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextMan
     return lifespan
 
 
-def _describe(app: FastAPI) -> None:
+def _describe(app: FastAPI, settings: Settings) -> None:
     """Add to the OpenAPI document what FastAPI does not know: problems, and bearer tokens."""
     plain = app.openapi
 
@@ -106,7 +106,12 @@ def _describe(app: FastAPI) -> None:
         components = document.setdefault("components", {})
         components.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
         components["securitySchemes"] = {"bearer": _BEARER}
-        document["security"] = [{"bearer": []}]
+        document["security"] = _security(settings)
         return document
 
     app.openapi = described  # type: ignore[method-assign]
+
+
+def _security(settings: Settings) -> list[dict[str, list[str]]]:
+    """Return what OpenAPI says of tokens; an empty one means that there need not be any."""
+    return [{"bearer": []}] if needs_token(settings) else [{}, {"bearer": []}]

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from server.errors import DatabaseError
+from server.errors import DatabaseError, SettingsError
 
 _LOCK_TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 5
@@ -89,9 +89,14 @@ def _engine(url: str) -> Engine:
         return engine
     parsed = parsed.set(drivername="postgresql+psycopg")
     arguments = {"connect_timeout": _CONNECT_TIMEOUT_S}
-    return create_engine(
-        parsed, connect_args=arguments, pool_pre_ping=True, pool_size=10, max_overflow=30
-    )
+    try:
+        return create_engine(
+            parsed, connect_args=arguments, pool_pre_ping=True, pool_size=10, max_overflow=30
+        )
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"PostgreSQL needs a package that is missing ({error}): install accutune[postgres]"
+        ) from error
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

@@ -42,10 +42,10 @@ UsesServices = Annotated[Services, Depends(_services)]
 Reader = Annotated[Caller, Depends(require(Scope.READ))]
 Submitter = Annotated[Caller, Depends(require(Scope.SUBMIT))]
 
-_ID = r"^[0-9a-hjkmnp-tv-z]{26}$"
+JOB_ID = r"^[0-9a-hjkmnp-tv-z]{26}$"
 JobId = Annotated[
     str,
-    Path(description="The job's id.", pattern=_ID, examples=["01k9yv6mzj8x7w3c5r2q4t0abd"]),
+    Path(description="The job's id.", pattern=JOB_ID, examples=["01k9yv6mzj8x7w3c5r2q4t0abd"]),
 ]
 Cursor = Annotated[
     str | None,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import anyio
 from fastapi import APIRouter, Header, Query, Response
@@ -14,7 +14,7 @@ from server import cursors, views
 from server.db.models import EventRow
 from server.problems import declared
 from server.routes.common import Cursor, JobId, Reader, UsesServices, cut
-from server.schemas import Event, Page
+from server.schemas import Event, EventKind, Page
 from server.services import Services
 from server.states import ENDED
 
@@ -25,9 +25,18 @@ _RETRY_MS = 2000
 _BATCH = 500
 _STREAM = "text/event-stream"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold them back
+_ITEM = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"type": "string", "enum": list(get_args(EventKind))},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 _EventId = Annotated[int | None, Query(ge=0, le=2**63 - 1)]
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {_STREAM: {"schema": {"type": "string"}}}},
+    200: {"content": {_STREAM: {"itemSchema": _ITEM}}},
     204: {"description": "The job has ended, and no events follow: do not come again."},
     **declared(404),
 }

@@ -172,8 +172,12 @@ def test_every_operation_declares_its_errors_as_problems(document: dict[str, Any
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
+def test_tokens_are_declared_where_they_are_needed(document: dict[str, Any]) -> None:
+    assert document["security"] == [{}, {"bearer": []}]
+    assert create_app(Settings(auth=True)).openapi()["security"] == [{"bearer": []}]
+
+
 def test_only_health_is_open_to_all(document: dict[str, Any]) -> None:
-    assert document["security"] == [{"bearer": []}]
     opened = [name for name, one in _operations(document).items() if one.get("security") == []]
     assert opened == ["get_health", "get_readiness"]
 

@@ -212,6 +212,13 @@ def test_postgresql_without_tables_is_refused(run: Run, empty_url: str) -> None:
         assert "tuner db upgrade" in result.stderr
 
 
+def test_a_missing_driver_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    result = run("db", "upgrade", "--database-url", "postgresql://nobody@127.0.0.1:9/nothing")
+    assert result.exit_code == BAD_INPUT
+    assert "install accutune[postgres]" in " ".join(result.stderr.split())
+
+
 def test_what_may_not_be_served_is_refused(run: Run, services: Services, tmp_path: Path) -> None:
     port = os.environ["ACCUTUNE_URL"].rpartition(":")[2]
     place = ("--data-dir", str(tmp_path / "other"), "--no-worker")
