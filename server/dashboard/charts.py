@@ -196,7 +196,7 @@ def _contrast_dots(found: dict[str, _Shares], x: Axis, y: Axis) -> Iterable[Dot]
                 number=record.number,
                 x=x.at(ratio),
                 y=y.at(share),
-                kind=f"{key} {'met' if record.meets_goal else 'missed'}",
+                kind=f"{key} {'missed' if record.meets_goal is False else 'met'}",
                 title=f"{key.upper()}, {who}: {number(record.accuracy)} at {percent(ratio)}",
                 clipped=not y.holds(share),
             )
