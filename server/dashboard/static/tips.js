@@ -39,14 +39,21 @@ document.addEventListener("pointermove", (event) => {
   if (row) show(row, event.clientX, event.clientY);
   else if (owner && owner !== document.activeElement) hide();
 });
-document.addEventListener("focusin", (event) => {
-  const row = rowOf(event.target);
-  if (!row) { hide(); return; }
+function showAt(row) {
   const box = row.getBoundingClientRect();
   show(row, box.left + Math.min(box.width / 3, 240), box.bottom - 10);
+}
+
+document.addEventListener("focusin", (event) => {
+  const row = rowOf(event.target);
+  if (row) showAt(row); else hide();
 });
 document.addEventListener("focusout", hide);
-document.addEventListener("scroll", hide, true);
+// To focus a row may scroll to it: then what it tells goes along.
+document.addEventListener("scroll", () => {
+  if (!owner) return;
+  if (owner === document.activeElement) showAt(owner); else hide();
+}, true);
 document.addEventListener("parts", () => { if (owner && !owner.isConnected) hide(); });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 
