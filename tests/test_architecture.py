@@ -51,6 +51,7 @@ FORBIDDEN = {
     "tuner.exporters": ("tuner.session", "tuner.quantization"),
     "tuner.report": ("tuner.session", "tuner.quantization"),
     "server.routes": ("torch",),
+    "server.dashboard": ("torch",),
 }
 
 # file → why it is not split
