@@ -66,13 +66,15 @@ def fitted(op: Op, config: OpConfig, shapes: Shapes) -> OpConfig:
     )
     if (problem := bias_problem(op, found, shapes)) is not None:
         raise SpaceError(problem)
-    if found.weight is not None:
-        for ref in op.weights:
+    for ref in op.weights:
+        if ref.path in shapes:
             _check_axis(op, shapes[ref.path], found.weight)
     return found
 
 
-def _check_axis(op: Op, shape: tuple[int, ...], scheme: TensorScheme) -> None:
+def _check_axis(op: Op, shape: tuple[int, ...], scheme: TensorScheme | None) -> None:
+    if scheme is None:
+        return
     try:
         parameter_shape(shape, scheme.reach)
     except SchemeError as error:
