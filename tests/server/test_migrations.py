@@ -32,11 +32,14 @@ def test_autogenerate_finds_no_difference(database: Database) -> None:
     assert _differences(database) == []
 
 
-def test_a_difference_would_be_found(database: Database) -> None:
+def test_a_difference_would_be_found(empty_url: str) -> None:
+    database = Database(empty_url)
+    upgrade(database)
     with database.writing() as session:
         session.execute(text("ALTER TABLE jobs DROP COLUMN error"))
         session.execute(text("DROP INDEX ix_jobs_owner"))
     assert len(_differences(database)) == 2
+    database.close()
 
 
 def test_trials_of_the_library_stay(empty_url: str) -> None:
