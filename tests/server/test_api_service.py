@@ -93,6 +93,7 @@ def test_a_service_with_all_tables_is_ready(client: TestClient) -> None:
 
 def test_a_service_without_its_tables_is_not_ready(client: TestClient, database: Database) -> None:
     with database.writing() as session:
+        current = session.scalars(text("SELECT version_num FROM alembic_version")).one()
         session.execute(text("UPDATE alembic_version SET version_num = '0000'"))
     try:
         answer = client.get("/readyz")
@@ -102,7 +103,8 @@ def test_a_service_without_its_tables_is_not_ready(client: TestClient, database:
         assert client.get("/healthz").status_code == 200
     finally:
         with database.writing() as session:
-            session.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+            put_back = text("UPDATE alembic_version SET version_num = :current")
+            session.execute(put_back, {"current": current})
 
 
 def test_a_service_whose_database_is_away_starts_and_says_so(tmp_path: Path) -> None:
