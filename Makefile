@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 SOURCES := tuner strategies server tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint format bench clean distclean
+.PHONY: help demo serve test test-service lint format bench clean distclean
 
 help:
 	@echo "make demo    tune a CNN on handwritten digits and show every trial"
@@ -33,6 +33,12 @@ serve: $(VENV)/runtime.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
+
+# The long tests of the service, which start many processes and a browser.
+test-service: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -o addopts="--strict-markers --import-mode=importlib -ra" \
+		tests/server/test_worker.py tests/server/test_chaos.py tests/server/test_cli.py \
+		tests/server/test_schemathesis.py $(wildcard tests/server/browser)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(SOURCES)
