@@ -371,15 +371,3 @@ def _add_event(session: Session, job: JobRow, kind: EventKind, data: Mapping[str
     session.flush()
     session.add(EventRow(job_id=job.id, kind=kind, data=dict(data), created_at=now(session)))
     session.flush()
-
-
-Guard = Callable[[Session, int, Mapping[str, Any]], None]
-
-
-def guard(jobs: Jobs, claim: Claim) -> Guard:
-    """Return what the library runs in the transaction of every trial of this job."""
-
-    def check(session: Session, number: int, record: Mapping[str, Any]) -> None:
-        jobs.store_trial(claim, session, number, record)
-
-    return check

@@ -12,14 +12,13 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
-from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader
 
 from server.auth import CSRF_FIELD, SESSION_COOKIE, Caller, Scope, needs_token
 from server.dashboard import words
 from server.errors import ServerError, UnauthenticatedError
 from server.services import Services
-from tuner.report import text
-from tuner.report.page import SHADES, shade
+from tuner.report.page import SHADES, html_environment
 
 STATIC = Path(__file__).parent / "static"
 FRAGMENT_HEADER = "X-Fragment"
@@ -121,21 +120,9 @@ def _shell(request: Request) -> Shell:
 @cache
 def _environment() -> Environment:
     own = PackageLoader("server.dashboard")
-    environment = Environment(
-        loader=ChoiceLoader([own, PrefixLoader({"report": PackageLoader("tuner.report", ".")})]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    shared = PrefixLoader({"report": PackageLoader("tuner.report", ".")})
+    environment = html_environment(ChoiceLoader([own, shared]))
     environment.filters |= {
-        "number": text.number,
-        "percent": text.percent,
-        "count": text.count,
-        "size": text.size,
-        "seconds": text.seconds,
-        "shape": text.shape,
-        "shade": shade,
         "ago": words.ago,
         "clock": words.clock,
     }

@@ -1,9 +1,10 @@
 """Jobs in the states that tests need, made the way the service makes them."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from server.jobs import Claim, Ending, Jobs, guard
+from server.jobs import Claim, Ending, Jobs
 from server.schemas import Submission
 from tuner.plan import Plan
 from tuner.records import OpSummary, TrialRecord
@@ -47,7 +48,7 @@ def claimed(jobs: Jobs, worker_id: str = "w", lease_s: float = LEASE_S) -> Claim
 def store(jobs: Jobs, claim: Claim, url: str, records: Sequence[Mapping[str, Any]]) -> None:
     """Store trials the way fit() does, guarded by the claim."""
     job = jobs.get(claim.job_id)
-    study = StudyStore.open(Storage(url, guard(jobs, claim)), job.study_name, HEADER)
+    study = StudyStore.open(Storage(url, partial(jobs.store_trial, claim)), job.study_name, HEADER)
     try:
         for one in records:
             study.add(one["number"], one)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from server.errors import (
     QuotaError,
     TransitionError,
 )
-from server.jobs import Claim, Ending, Jobs, guard
+from server.jobs import Claim, Ending, Jobs
 from server.states import Move, State
 from server.trials import Trials
 from tests.server.helpers import HEADER, LEASE_S, claimed, record, store, submission, succeeded
@@ -340,7 +341,7 @@ def test_trials_show_in_the_job_and_its_events(jobs: Jobs, database: Database) -
 def test_a_trial_is_stored_with_its_event_or_not_at_all(jobs: Jobs, database: Database) -> None:
     job_id = _submitted(jobs)
     claim = claimed(jobs)
-    check = guard(jobs, claim)
+    check = partial(jobs.store_trial, claim)
 
     def failing(session: Session, number: int, data: Mapping[str, Any]) -> None:
         check(session, number, data)

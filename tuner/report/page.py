@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BaseLoader, Environment, PackageLoader, StrictUndefined
 
 from tuner.records import OpSummary
 from tuner.report import text
@@ -44,10 +44,10 @@ def write(source: ReportSource, path: str | Path) -> Path:
     return write_whole("the report", path, render(source))
 
 
-def render(source: ReportSource) -> str:
-    """Return the report as HTML."""
+def html_environment(loader: BaseLoader) -> Environment:
+    """Return what draws templates: everything is escaped, and numbers are told as people do."""
     environment = Environment(
-        loader=PackageLoader("tuner.report", "."),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -62,6 +62,12 @@ def render(source: ReportSource) -> str:
         "shape": text.shape,
         "shade": shade,
     }
+    return environment
+
+
+def render(source: ReportSource) -> str:
+    """Return the report as HTML."""
+    environment = html_environment(PackageLoader("tuner.report", "."))
     return environment.get_template(_TEMPLATE).render(
         result=source,
         headline=_headline(source),
