@@ -2,6 +2,7 @@
 
 import argparse
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
@@ -32,7 +33,7 @@ def ours(x: Tensor) -> Iterator[tuple[str, Call]]:
     for name in ("int8", "e4m3fn"):
         per_channel = TensorScheme(format=name, granularity=PerChannel(0))
         yield f"{name} per channel", _static(per_channel, x)
-    for name in ("mxfp8_e4m3", "mxfp4", "mxint8"):
+    for name in ("mxfp8_e4m3", "mxfp4", "mxint8", "nvfp4", "nf4", "abfp8"):
         yield name, _dynamic(TensorScheme(format=name))
     scheme = TensorScheme(format="int8")
     grid, gradient = grid_of(scheme, compute_qparams(x, scheme), x), torch.ones_like(x)
@@ -174,7 +175,7 @@ def _line(owner: str, what: str, call: Call, x: Tensor, mib: int, repeats: int) 
 
 def _small_seconds(call: Call, small: Tensor) -> float:
     """Return the least mean of 50 calls: what they take when nothing else disturbs them."""
-    return min(_seconds(lambda: [call(small) for _ in range(50)]) / 50 for _ in range(20))
+    return min(timeit.repeat(lambda: call(small), number=50, repeat=20)) / 50
 
 
 def _seconds(call: Callable[[], object]) -> float:
