@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 RUNS = HERE / "raw" / "runs"
 SPEED = HERE / "raw" / "speed"
 KERNELS = HERE / "raw" / "kernels"
+SERVICE = HERE / "raw" / "service"
 RESULTS = HERE / "RESULTS.md"
 
 Row = Mapping[str, Any]
@@ -72,6 +73,25 @@ the first one quantizes the weights, a later one finds them in the cache. The co
 are `quantization.simulate` with that format on all weights (per channel) and inputs (static, per
 tensor; MX takes its scales from each tensor).
 """
+_SERVICE_ROWS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("jobs submitted over HTTP by 8 clients, /s", lambda r: f"{r['submissions_per_s']:.0f}"),
+    (
+        "1,000 jobs and more, claimed, renewed and ended by 20 workers, /s",
+        lambda r: f"{r['claims_per_s']:.0f}",
+    ),
+    ("from a trial's commit to each of 100 streams, median", lambda r: _ms(r["stream_s"])),
+    ("the same, longest of 10,000", lambda r: _ms(r["slowest_stream_s"])),
+    ("a page of 200 of 10,000 trials, median", lambda r: _ms(r["page_s"])),
+    ("the same, slowest of 50", lambda r: _ms(r["slowest_page_s"])),
+    ("one trial of 10,000", lambda r: _ms(r["one_trial_s"])),
+    ("the dashboard's page of that job", lambda r: _ms(r["dashboard_s"])),
+    ("the server's memory after 2,000 requests", lambda r: f"{r['first_mib']:.0f} MiB"),
+    ("the same after 20,000", lambda r: f"{r['last_mib']:.0f} MiB"),
+)
+_SERVICE_INTRODUCTION = """\
+`python tests/bench/service.py`: `tuner serve` as a process of its own, what asks it on the same
+machine. Every job was claimed exactly once, every stream got every trial, every page was read.
+"""
 _NOTES = """\
 - **BOPs** and **size** are ratios to FP32 of the plan that was returned. BOPs count every MAC of
   the model; the next column counts those of Linear and Conv2d only.
@@ -98,6 +118,7 @@ def render() -> None:
     rows = _newest(_read(RUNS), _RUN_KEY)
     speeds = _newest(_read(SPEED), ("model",))
     kernels = _newest(_read(KERNELS), _KERNEL_KEY)
+    services = _newest(_read(SERVICE), ("database",))
     tasks = {row["model"]: row for row in rows if row["strategy"] == "auto"}
     parts = [
         _INTRODUCTION,
@@ -113,8 +134,11 @@ def render() -> None:
         "## Kernels\n",
         _KERNEL_INTRODUCTION,
         _kernel_table(kernels),
+        "## Service\n",
+        _SERVICE_INTRODUCTION,
+        _turned_table(_SERVICE_ROWS, services, "database"),
         "## Machine\n",
-        _machines([*rows, *speeds, *kernels]),
+        _machines([*rows, *speeds, *kernels, *services]),
     ]
     RESULTS.write_text("\n".join(parts), encoding="utf-8")
 
@@ -150,6 +174,20 @@ def _kernel_table(rows: Sequence[Row]) -> str:
         cells.append("–" if small is None else f"{small * 1e6:.1f} µs")
         lines.append([owner, what, *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _turned_table(
+    lines: Iterable[tuple[str, Callable[[Row], str]]], rows: Sequence[Row], title: str
+) -> str:
+    """Return a table with a column for each row."""
+    first = ("", lambda r: str(r[title]))
+    columns = [[name, *(cell(row) for row in rows)] for name, cell in (first, *lines)]
+    columns.insert(1, ["---"] * (len(rows) + 1))
+    return "".join(f"| {' | '.join(line)} |\n" for line in columns)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"
 
 
 def _goals(rows: Iterable[Row]) -> str:
