@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from server import strict_json
+
 Kind = Literal["integer", "number", "boolean", "choice", "text", "json"]
 
 
@@ -111,7 +113,7 @@ def _parsed(text: str, kind: Kind, rule: Mapping[str, Any]) -> Any:
         return next((value for value in _values(rule) if _shown(value, kind) == text), text)
     if kind == "json":
         try:
-            return json.loads(text)
+            return strict_json.loads(text)
         except ValueError:
             return text
     return text

@@ -122,14 +122,14 @@ def _records(database: Database, study_name: str) -> list[TrialRecord]:
 
 
 def _record(row: RowMapping) -> TrialRecord:
-    accuracy = row["accuracy"]
+    accuracy, meets_goal = row["accuracy"], row["meets_goal"]
     return TrialRecord(
         number=row["number"],
         plan=_NO_PLAN,
         accuracy=None if accuracy is None else float(accuracy),
         metrics=decode_floats(row["metrics"] or {}),
         costs=decode_floats(row["costs"] or {}),
-        meets_goal=row["meets_goal"],
+        meets_goal=None if meets_goal is None else bool(meets_goal),  # SQLite gives 0 and 1
         state=cast(TrialState, row["state"]),
         duration_s=float(row["duration_s"] or 0.0),
         reason=row["reason"] or "",

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from pydantic import ValidationError
 
+from server import strict_json
 from server.catalog import Catalog
 from server.dashboard import forms
 from server.dashboard.forms import Choice, Field
@@ -169,18 +170,18 @@ def _goal(form: Mapping[str, str], errors: dict[str, str]) -> dict[str, Any]:
     if kind not in _GOALS:
         errors["goal.kind"] = f"{kind!r} is none of {', '.join(_GOALS)}"
     try:
-        amount = Decimal(text) / 100 if kind == "relative" else Decimal(text)
-    except InvalidOperation:
+        amount = float(Decimal(text) / 100 if kind == "relative" else Decimal(text))
+    except (ArithmeticError, ValueError):  # also of "1e9999999" and "sNaN"
         errors["goal.amount"] = f"{text!r} is no number" if text else "give a number"
         return goal
-    goal[kind if kind.startswith("at_") else "max_drop"] = float(amount)
+    goal[kind if kind.startswith("at_") else "max_drop"] = amount
     return goal
 
 
 def _rules(form: Mapping[str, str], errors: dict[str, str]) -> Any:
     text = form.get("rules", "").strip()
     try:
-        return json.loads(text) if text else []
+        return strict_json.loads(text) if text else []
     except ValueError as error:
         errors["rules"] = f"this is no JSON: {error}"
         return []

@@ -44,7 +44,7 @@ _BODY = {"recipe": "digits-resnet", "params": {"epochs": 1}}
 _LEASE_S = 600.0
 _HEADER = StudyHeader(model="m", space="s", strategy="auto", seed=0)
 _OPS = 50  # of a plan
-_PAGE = 200
+_PAGE = 100
 
 
 @dataclass(frozen=True)

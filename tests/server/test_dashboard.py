@@ -121,6 +121,19 @@ def test_trials_say_what_they_changed_of_the_best_before(
     page(client, f"/jobs/{job_id}/trials/2?against=9", 404)
 
 
+def test_a_comparison_tells_what_missed_its_goal(
+    client: TestClient, jobs: Jobs, database_url: str
+) -> None:
+    jobs.submit(submission(), "local")
+    claim = claimed(jobs)
+    trials = [record(0), record(1, 0.9), record(2, 0.7) | {"meets_goal": False}]
+    store(jobs, claim, database_url, trials)
+    found = page(client, f"/compare?a={claim.job_id}&b={claim.job_id}")
+    dots = [e for e in found.elements if e.attributes.get("class", "").startswith("dot b")]
+    kinds = [element.attributes["class"] for element in dots]
+    assert (kinds.count("dot b met"), kinds.count("dot b missed")) == (3, 1)  # one is of the key
+
+
 def test_trials_come_in_pages(client: TestClient, jobs: Jobs, database_url: str) -> None:
     job_id = succeeded(jobs, database_url, trials=120)
     numbers, path = [], f"/jobs/{job_id}"
@@ -207,6 +220,29 @@ def test_hostile_names_in_a_filter(client: TestClient) -> None:
 def test_what_is_not_there_is_a_page_too(client: TestClient, path: str) -> None:
     found = page(client, path, 404)
     assert found.all("p", role="alert")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/compare?a=%00&b=%00", 422),
+        ("/submit?like=%00", 422),
+        ("/?owner=%00", 422),
+        (f"/studies/s/trials/{2**31}", 404),
+        ("/studies/s/trials/" + "9" * 5000, 404),
+    ],
+)
+def test_addresses_that_no_database_takes_are_pages_too(
+    client: TestClient, database_url: str, path: str, status: int
+) -> None:
+    StudyStore.open(database_url, "s", HEADER).close()
+    assert page(client, path, status).all("p", role="alert")
+
+
+@pytest.mark.parametrize("key", ["a\0b", "", "ü", "x" * 300])
+def test_a_form_with_an_odd_key_is_taken(client: TestClient, key: str) -> None:
+    form = Page(client.get("/submit?recipe=digits-resnet").text).form | {"key": key}
+    assert client.post("/submit", data=form, follow_redirects=False).status_code == 303
 
 
 def test_moves(client: TestClient, jobs: Jobs) -> None:

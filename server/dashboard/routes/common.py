@@ -3,10 +3,21 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
+from starlette.convertors import IntegerConvertor, register_url_convertor
 
 from server.dashboard.pages import PageRoute
 
 Before = Annotated[int | None, Query(ge=0, le=2**31 - 1)]
+GivenId = Annotated[str, Query(max_length=26, pattern=r"^[^\x00]*$")]
+
+
+class _NumberConvertor(IntegerConvertor):
+    """A number that every database can hold."""
+
+    regex = "[0-9]{1,9}"
+
+
+register_url_convertor("number", _NumberConvertor())
 
 
 def page_router(prefix: str = "") -> APIRouter:

@@ -1,24 +1,21 @@
 """Two jobs side by side."""
 
-from typing import Annotated
-
-from fastapi import Query, Request, Response
+from fastapi import Request, Response
 
 from server.dashboard.compare_view import compare
 from server.dashboard.jobs_view import cards
 from server.dashboard.pages import render
-from server.dashboard.routes.common import page_router
+from server.dashboard.routes.common import GivenId, page_router
 from server.routes.common import Reader, UsesServices
 
 router = page_router("/compare")
 
 _CHOICES = 100
-_Id = Annotated[str, Query(max_length=26)]
 
 
 @router.get("")
 def show_comparison(
-    request: Request, services: UsesServices, caller: Reader, a: _Id = "", b: _Id = ""
+    request: Request, services: UsesServices, caller: Reader, a: GivenId = "", b: GivenId = ""
 ) -> Response:
     """Show two jobs, once both are chosen."""
     found = None

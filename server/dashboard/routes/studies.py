@@ -36,7 +36,7 @@ def show_studies(
     )
 
 
-@router.get("/{name:path}/trials/{number:int}")
+@router.get("/{name:path}/trials/{number:number}")
 def show_study_trial(
     request: Request,
     name: _Name,

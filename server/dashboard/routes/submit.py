@@ -1,15 +1,15 @@
 """Submitting a job."""
 
+import re
 import secrets
-from typing import Annotated
 
-from fastapi import Query, Request, Response
+from fastapi import Request, Response
 
 from server import asset_parameters
 from server.dashboard import submission as forms
 from server.dashboard.forms import read as read_params
 from server.dashboard.pages import back, render
-from server.dashboard.routes.common import Form, page_router
+from server.dashboard.routes.common import Form, GivenId, page_router
 from server.dashboard.submission import PARAMS, SubmitForm
 from server.errors import InvalidError, NotFoundError, QuotaError
 from server.ids import new_id
@@ -21,6 +21,8 @@ from tuner.recipes import Recipe
 
 router = page_router("/submit")
 
+_KEY = re.compile(r"[0-9a-z]{1,64}")
+
 
 @router.get("")
 def show_form(
@@ -28,7 +30,7 @@ def show_form(
     services: UsesServices,
     caller: Submitter,
     recipe: str = "",
-    like: Annotated[str, Query(max_length=26)] = "",
+    like: GivenId = "",
 ) -> Response:
     """Show the recipes, and the form of the one that was chosen; `like` names a job to copy."""
     if like:
@@ -49,7 +51,9 @@ def show_form(
 def submit(request: Request, services: UsesServices, caller: Submitter, form: Form) -> Response:
     """Queue the job that the form describes, or show what is wrong with it."""
     recipe = _recipe(services, form.get("recipe", ""))
-    key = form.get("key", "")[:64] or secrets.token_hex(8)
+    key = form.get("key", "")
+    if not _KEY.fullmatch(key):
+        key = secrets.token_hex(8)
     read = forms.read(form, recipe, services.catalog)
     errors = dict(read.errors)
     if read.submission is not None:
