@@ -171,8 +171,11 @@ class Jobs:
 
     def store_trial(
         self, claim: Claim, session: Session, number: int, record: Mapping[str, Any]
-    ) -> None:
-        """Take note of a trial in the transaction that stores it; raises LeaseLostError."""
+    ) -> State:
+        """Take note of a trial in the transaction that stores it; raises LeaseLostError.
+
+        Returns the job's state, which may ask to pause or to cancel.
+        """
         job = self._held(session, claim)
         shown = {key: value for key, value in record.items() if key not in ("plan", "scores")}
         if number == 0:
@@ -183,6 +186,7 @@ class Jobs:
                 job.best = shown
         job.version += 1
         _add_event(session, job, "trial", shown)
+        return State(job.state)
 
     def report(self, claim: Claim, kind: EventKind, data: Mapping[str, Any]) -> None:
         """Append an event; raises LeaseLostError."""

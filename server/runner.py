@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.orm import Session
 
 from server import model_weights
 from server.catalog import Catalog
@@ -28,6 +29,7 @@ from server.jobs import Ending, Jobs
 from server.outputs import Outputs
 from server.patience import patiently
 from server.settings import Settings
+from server.states import State
 from tuner import quantization
 from tuner.config import TuningConfig
 from tuner.errors import StudyMismatchError, TuningCancelled
@@ -35,7 +37,7 @@ from tuner.progress import Progress
 from tuner.quantized_model import QuantizedModel
 from tuner.recipes import Task
 from tuner.recipes.assets import assets_in
-from tuner.records import TrialRecord
+from tuner.records import TrialRecord, storable
 from tuner.results import TuningResult
 from tuner.storage import Storage
 
@@ -61,7 +63,7 @@ _log = logging.getLogger(__name__)
 
 
 class Stop:
-    """Whether the worker asked to stop after the running trial."""
+    """Whether the worker, or the job's row, asked to stop after the running trial."""
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -164,7 +166,7 @@ class Runner:
     ) -> QuantizedModel:
         storage = Storage(
             self._settings.database,
-            guard=partial(self._jobs.store_trial, self._claim),
+            guard=self._take_note,
             fence=partial(self._jobs.check, self._claim),
             patience_s=self._settings.lease_s,
         )
@@ -180,6 +182,11 @@ class Runner:
             progress=phases,
         )
 
+    def _take_note(self, session: Session, number: int, record: Mapping[str, Any]) -> None:
+        """Note a trial as it is stored, and let it be the last if the job is to pause."""
+        if self._jobs.store_trial(self._claim, session, number, record) == State.PAUSING:
+            self._stop.ask()
+
     def _succeeded(self, model: QuantizedModel) -> ExitCode:
         outputs = Outputs(self._settings.artifacts_dir, self._claim.job_id, self._claim.fence)
         try:
@@ -193,9 +200,8 @@ class Runner:
         return ExitCode.DONE
 
     def _failed(self, reason: str) -> ExitCode:
-        text = reason.replace("\0", "").encode(errors="replace").decode()
         try:
-            self._patiently(partial(self._jobs.fail, self._claim, text))
+            self._patiently(partial(self._jobs.fail, self._claim, storable(reason)))
         except LeaseLostError:
             return ExitCode.LEASE_LOST
         except DatabaseError:

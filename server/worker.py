@@ -48,16 +48,16 @@ class Worker:
 
         Raises SettingsError where the database lacks tables, DatabaseError where it is away.
         """
-        patiently(partial(check_tables, self._database), _START_PATIENCE_S)
-        self._heartbeat.start()
-        _log.info("worker %s takes jobs from %s", self.id, self._database.engine.url)
-        try:
-            self._take_jobs()
-        finally:
-            self._heartbeat.drain()
-            self._drain()
-            self._heartbeat.end()
-            self._database.close()
+        with contextlib.closing(self._database):
+            patiently(partial(check_tables, self._database), _START_PATIENCE_S)
+            self._heartbeat.start()
+            _log.info("worker %s takes jobs from %s", self.id, self._database.engine.url)
+            try:
+                self._take_jobs()
+            finally:
+                self._heartbeat.drain()
+                self._drain()
+                self._heartbeat.end()
 
     def stop(self, *_: object) -> None:
         """Take no more jobs, and let the running trials end; at the second call, interrupt them.

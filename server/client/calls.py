@@ -118,7 +118,10 @@ def upload(path: Path, kind: str | None) -> Call[Asset]:
         raise ClientError(
             f"{path.name!r} is of no kind that can be uploaded: give a .safetensors or .npz file"
         )
-    length = str(path.stat().st_size)
+    try:
+        length = str(path.stat().st_size)
+    except OSError as error:
+        raise ClientError(f"{path} cannot be read: {error.strerror or error}") from error
     headers = {"Content-Type": "application/octet-stream", "Content-Length": length}
     params = {"kind": kind, "name": path.name}
     return Call("POST", "/v1/assets", _reader(Asset), params=params, headers=headers, file=path)

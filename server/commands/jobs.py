@@ -1,4 +1,4 @@
-"""tuner submit, jobs, job, trials, cancel, pause, resume, download and recipes."""
+"""tuner submit, jobs, job, trials, cancel, pause, resume, download, upload and recipes."""
 
 import json
 from collections.abc import Sequence
@@ -197,6 +197,22 @@ def download(
         err.print(f"Job {item.id} is {item.state} and has left no files.")
     for path in paths:
         tables.out.print(str(path), markup=False, soft_wrap=True)
+
+
+@app.command()
+@reported
+def upload(
+    file: Annotated[Path, typer.Argument(help="A .safetensors or .npz file.")],
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Send weights or data; a recipe's parameters name them by the id that is printed."""
+    with _client(url) as client:
+        asset = client.upload(file)
+    if as_json:
+        tables.show_json([asset])
+    else:
+        tables.out.print(asset.id, markup=False, soft_wrap=True)
 
 
 @app.command()

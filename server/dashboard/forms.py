@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from server import strict_json
+from tuner.recipes.assets import FORMAT as UPLOAD
 
 Kind = Literal["integer", "number", "boolean", "choice", "text", "json"]
 
@@ -20,7 +21,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a form; `value` is what it shows, `error` why that was not accepted."""
+    """One field of a form; `value` is what it shows, `error` why that was not accepted.
+
+    `upload` is the kind of the uploads that it names, if it does.
+    """
 
     name: str
     label: str
@@ -32,6 +36,7 @@ class Field:
     minimum: float | int | None = None
     maximum: float | int | None = None
     error: str | None = None
+    upload: str = ""
 
     @property
     def element_id(self) -> str:
@@ -73,6 +78,7 @@ def fields_of(
                 minimum=_bound(rule, "minimum", "exclusiveMinimum", +1),
                 maximum=_bound(rule, "maximum", "exclusiveMaximum", -1),
                 error=errors.get(name),
+                upload=_upload(rule),
             )
         )
     return tuple(found)
@@ -163,6 +169,12 @@ def _choices(rule: Mapping[str, Any], is_required: bool) -> tuple[Choice, ...]:
     shown = [_shown(value, "choice") for value in _values(rule)]
     empty = [Choice("", "–")] if _is_nullable(rule) and not is_required else []
     return (*empty, *(Choice(text, text) for text in shown))
+
+
+def _upload(rule: Mapping[str, Any]) -> str:
+    return (
+        rule.get("contentMediaType", "").rpartition("/")[2] if rule.get("format") == UPLOAD else ""
+    )
 
 
 def _is_nullable(rule: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """The form that submits a job: what it shows, and the Submission that it stands for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -13,11 +13,12 @@ from server.catalog import Catalog
 from server.dashboard import forms
 from server.dashboard.forms import Choice, Field
 from server.errors import InvalidError
-from server.schemas import Submission
+from server.schemas import Asset, Submission
 from strategies import STRATEGIES
 from tuner.config import PRESETS, TuningConfig
 from tuner.criteria import AccuracyGoal
 from tuner.recipes import Recipe
+from tuner.report import text
 
 PARAMS = "params."
 _GOALS = {
@@ -74,6 +75,23 @@ def shown(
     known = {field.name for fields in (own, *groups.values()) for field in fields}
     unplaced = tuple(f"{k}: {v}" if k else v for k, v in wrong.items() if k not in known)
     return SubmitForm(recipe, own, **groups, errors=unplaced)
+
+
+def with_uploads(form: SubmitForm, uploads: Sequence[Asset]) -> SubmitForm:
+    """Return the form with a selection of the owner's uploads wherever a field names one."""
+    return replace(form, params=tuple(_naming(field, uploads) for field in form.params))
+
+
+def _naming(field: Field, uploads: Sequence[Asset]) -> Field:
+    if not field.upload:
+        return field
+    fitting = [asset for asset in uploads if asset.kind == field.upload]
+    if not fitting:
+        return replace(field, help=f"{field.help} Send it first: tuner upload FILE".strip())
+    known = [Choice(asset.id, f"{asset.name} · {text.size(asset.size_bytes)}") for asset in fitting]
+    if field.value not in ("", *(choice.value for choice in known)):
+        known.append(Choice(field.value, f"{field.value[:12]}…"))
+    return replace(field, kind="choice", choices=(Choice("", "choose an upload"), *known))
 
 
 def read(form: Mapping[str, str], recipe: Recipe, catalog: Catalog) -> Read:

@@ -1,5 +1,6 @@
 """The commands of the service, against a service that listens."""
 
+import hashlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 from typer.testing import CliRunner, Result
@@ -162,6 +164,18 @@ def test_an_id_must_be_of_one_job(run: Run, services: Services) -> None:
     assert all(job.state == "queued" for job in services.jobs.page(2))
 
 
+def test_a_file_is_sent_for_recipes_to_use(run: Run, services: Services, tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, inputs=np.zeros(3, np.float32))
+    sent = run("upload", str(path)).stdout.strip()
+    assert sent == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert json.loads(run("upload", str(path), "--json").stdout)["kind"] == "npz"
+    for name, reason in {"none.npz": "cannot be read", "model.pt": "give a .safetensors"}.items():
+        refused = run("upload", str(tmp_path / name))
+        assert refused.exit_code == BAD_INPUT
+        assert reason in refused.stderr
+
+
 def test_errors_have_their_own_codes(run: Run, services: Services) -> None:
     result = run("submit", "digits-resnet", "-p", "epochs=-1")
     assert result.exit_code == BAD_INPUT
@@ -264,8 +278,8 @@ def check_service(process: subprocess.Popen[str], url: str) -> None:
         first.kill()
         second = running_worker(client.workers, but=first.pid)
         job = client.submit("digits-resnet", {"epochs": 1})
-        stream = httpx.Client(timeout=60).stream("GET", f"{url}/v1/jobs/{job.id}/events")
-        with stream as response:
+        events = f"{url}/v1/jobs/{job.id}/events"
+        with httpx.stream("GET", events, timeout=60) as response:
             lines = response.iter_lines()
             assert "event: state" in lines
             process.send_signal(signal.SIGINT)

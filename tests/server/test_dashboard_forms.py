@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict, Field
@@ -204,6 +205,30 @@ def test_what_is_wrong_is_shown_at_its_field(client: TestClient, name: str) -> N
     assert len(_jobs(client).page(1000)) == before
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"goal.kind": "absolute", "goal.amount": "sNaN"}, "'sNaN' is no number"),
+        ({"goal.kind": "relative", "goal.amount": "1e9999999"}, "'1e9999999' is no number"),
+        ({"rules": "[" * 100_000}, "nest deeper than 100 levels"),
+        ({"rules": "[" * 101 + "]" * 101}, "nest deeper than 100 levels"),
+    ],
+)
+def test_texts_that_python_itself_chokes_on(
+    client: TestClient, changed: dict[str, str], message: str
+) -> None:
+    form = Page(client.get("/submit?recipe=digits-resnet").text).form | changed
+    answer = client.post("/submit", data=form, follow_redirects=False)
+    assert answer.status_code == 422
+    assert message in Page(answer.text).words
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 200 + "1" + "}" * 200])
+def test_json_that_nests_too_deep_stays_text(text: str) -> None:
+    schema = {"properties": {"any": {"type": "object"}}}
+    assert forms.read(schema, {"any": text}) == {"any": text}
+
+
 def test_an_untouched_form_is_submitted_once(client: TestClient) -> None:
     form = Page(client.get("/submit?recipe=digits-resnet").text).form
     first = client.post("/submit", data=form, follow_redirects=False)
@@ -226,6 +251,24 @@ def test_a_copy_has_what_the_job_had(client: TestClient) -> None:
     assert (copy.labels, copy.config["max_trials"]) == (job.labels, 7)
     assert copy.config["goal"]["at_least"] == 0.9
     assert copy.params["epochs"] == 1
+
+
+def test_uploads_are_chosen_by_their_names(client: TestClient, tmp_path: Path) -> None:
+    assert "tuner upload FILE" in client.get("/submit?recipe=arrays").text
+    path = tmp_path / "data.npz"
+    np.savez(path, inputs=np.zeros(3, np.float32))
+    sent = client.post(
+        "/v1/assets?kind=npz&name=digits+<1>",
+        content=path.read_bytes(),
+        headers={"Content-Type": "application/octet-stream"},
+    ).json()
+    found = Page(client.get("/submit?recipe=arrays").text)
+    (option,) = [e for e in found.all("option") if e.attributes["value"] == sent["id"]]
+    assert option.text.startswith("digits <1> · ")
+    assert found.words.count("tuner upload FILE") == 1  # for the weights, of which there are none
+    form = found.form | {"params.data": "0" * 64}
+    answer = Page(client.post("/submit", data=form).text)
+    assert answer.form["params.data"] == "0" * 64
 
 
 def test_a_full_queue_is_said(tmp_path: Path) -> None:

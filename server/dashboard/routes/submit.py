@@ -6,6 +6,7 @@ import secrets
 from fastapi import Request, Response
 
 from server import asset_parameters
+from server.auth import Caller
 from server.dashboard import submission as forms
 from server.dashboard.forms import read as read_params
 from server.dashboard.pages import back, render
@@ -21,6 +22,7 @@ from tuner.recipes import Recipe
 
 router = page_router("/submit")
 
+_MOST_UPLOADS = 200  # the newest, to choose from
 _KEY = re.compile(r"[0-9a-z]{1,64}")
 
 
@@ -44,7 +46,7 @@ def show_form(
         form = forms.shown(_recipe(services, recipe), {}, {})
     else:
         form = None
-    return _page(request, services, form, new_id())
+    return _page(request, services, caller, form, new_id())
 
 
 @router.post("")
@@ -71,7 +73,7 @@ def submit(request: Request, services: UsesServices, caller: Submitter, form: Fo
             errors[""] = str(error)
     params = read_params(recipe.parameters.model_json_schema(), form, PARAMS)
     shown = forms.shown(recipe, params, form, errors)
-    return _page(request, services, shown, new_id(), status=422)
+    return _page(request, services, caller, shown, new_id(), status=422)
 
 
 def _foreign_uploads(services: Services, submission: Submission, owner: str) -> dict[str, str]:
@@ -93,8 +95,15 @@ def _recipe(services: Services, name: str) -> Recipe:
 
 
 def _page(
-    request: Request, services: Services, form: SubmitForm | None, key: str, status: int = 200
+    request: Request,
+    services: Services,
+    caller: Caller,
+    form: SubmitForm | None,
+    key: str,
+    status: int = 200,
 ) -> Response:
+    if form is not None:
+        form = forms.with_uploads(form, services.assets.page(caller.owner, _MOST_UPLOADS))
     return render(
         request,
         "submit.html",
