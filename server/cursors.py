@@ -24,10 +24,13 @@ def decode(kind: str, cursor: str) -> str:
     return last
 
 
-def decode_number(kind: str, cursor: str) -> int:
-    """Return the number that the page follows; raises InvalidError on anything else."""
+def decode_number(kind: str, cursor: str, most: int = 2**31 - 1) -> int:
+    """Return the number that the page follows; raises InvalidError on anything else.
+
+    `most` is what the database's column can hold.
+    """
     last = decode(kind, cursor)
-    if not last.isdigit() or len(last) > 18:  # what a database can hold
+    if not last.isdigit() or len(last) > len(str(most)) or int(last) > most:
         raise _invalid(cursor)
     return int(last)
 

@@ -11,6 +11,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from server import cursors, views
+from server.auth import Caller
 from server.db.models import EventRow
 from server.problems import declared
 from server.routes.common import Cursor, JobId, Reader, UsesServices, cut
@@ -68,14 +69,14 @@ async def list_events(
     begin = last_event_id if last_event_id is not None else after or 0
     if "application/json" in accept and _STREAM not in accept:
         if cursor is not None:
-            begin = cursors.decode_number("events", cursor)
+            begin = cursors.decode_number("events", cursor, 2**63 - 1)
         return await run_in_threadpool(_page, services, job_id, begin, limit)
     job = await run_in_threadpool(services.jobs.get, job_id)
     first = await run_in_threadpool(services.jobs.events, job_id, begin, _BATCH)
     if not first and job.state in ENDED:
         return Response(status_code=204)
     return StreamingResponse(
-        _stream(services, job_id, begin, first), headers=_HEADERS, media_type=_STREAM
+        _stream(services, caller, job_id, begin, first), headers=_HEADERS, media_type=_STREAM
     )
 
 
@@ -86,9 +87,12 @@ def _page(services: Services, job_id: str, begin: int, limit: int) -> Page[Event
 
 
 async def _stream(
-    services: Services, job_id: str, after: int, events: list[EventRow]
+    services: Services, caller: Caller, job_id: str, after: int, events: list[EventRow]
 ) -> AsyncIterator[bytes]:
-    """Yield the events that follow, and comments where nothing happens for long."""
+    """Yield the events that follow, and comments where nothing happens for long.
+
+    It ends with the caller's token, too.
+    """
     yield format_sse_event(retry=_RETRY_MS)
     with services.hub.watch(job_id) as watch:
         while not watch.is_closed:
@@ -100,10 +104,16 @@ async def _stream(
             if not events:
                 with anyio.move_on_after(HEARTBEAT_S) as waited:
                     await watch.newer_than(after)
+                if not await run_in_threadpool(_may_listen, services, caller):
+                    return
                 if waited.cancelled_caught:
                     yield KEEPALIVE_COMMENT
                     continue
             events = await run_in_threadpool(services.jobs.events, job_id, after, _BATCH)
+
+
+def _may_listen(services: Services, caller: Caller) -> bool:
+    return caller.token_id is None or services.tokens.of_id(caller.token_id) is not None
 
 
 def _encoded(event: EventRow) -> bytes:

@@ -12,10 +12,14 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from server.auth import Scope
 from server.jobs import Jobs
 from server.routes import events as route
+from server.settings import Settings
 from server.states import Move
+from tests.server.access import with_changes
 from tests.server.helpers import claimed, record, store, submission, succeeded
+from tests.server.live import service
 
 JSON = {"Accept": "application/json"}
 SSE = {"Accept": "text/event-stream"}
@@ -189,6 +193,21 @@ def test_a_client_that_leaves_is_forgotten(live: str, app: FastAPI, jobs: Jobs) 
         _next_data(lines)
         _wait_until(lambda: hub.watched == 1)
     _wait_until(lambda: hub.watched == 0)
+
+
+def test_a_stream_ends_with_its_token(settings: Settings) -> None:
+    with service(with_changes(settings, auth=True)) as (url, app):
+        services = app.state.services
+        row, secret = services.tokens.create("ann", [Scope.READ])
+        job, _ = services.jobs.submit(submission(), "ann")
+        path, bearer = f"{url}/v1/jobs/{job.id}/events", f"Bearer {secret}"
+        with _stream(path, Authorization=bearer) as lines:
+            _next_data(lines)
+            services.jobs.ask(job.id, Move.PAUSE)
+            assert _next_data(lines)["state"] == "paused"
+            services.tokens.revoke(row.id)
+            services.jobs.ask(job.id, Move.RESUME)
+            assert [line for line in lines if line.startswith("data")] == []
 
 
 def test_streams_end_when_the_hub_closes(live: str, app: FastAPI, jobs: Jobs) -> None:

@@ -75,6 +75,20 @@ def test_odd_bodies_are_refused(
     _check(any_client.post("/v1/jobs", content=body, headers=JSON), status, slug or "malformed")
 
 
+@pytest.mark.parametrize("levels", [101, 300, 900])
+@pytest.mark.parametrize(("begin", "end"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_parameters_may_not_nest_without_end(
+    levels: int, begin: bytes, end: bytes, any_client: TestClient
+) -> None:
+    deep = begin * levels + b"1" + end * levels
+    body = b'{"recipe": "digits-resnet", "params": {"epochs": %b}}' % deep
+    answer = any_client.post("/v1/jobs", content=body, headers=JSON)
+    _check(answer, 422, "invalid")
+    (error,) = answer.json()["errors"]
+    assert error["pointer"] == "/params"
+    assert "nest deeper than 100 levels" in error["detail"]
+
+
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_a_body_that_is_not_json_is_refused(media_type: str, any_client: TestClient) -> None:
     headers = {"Content-Type": media_type} if media_type else {}

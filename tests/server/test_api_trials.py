@@ -83,6 +83,16 @@ def test_a_job_without_trials_has_none(client: TestClient, jobs: Jobs) -> None:
         assert client.get(f"{path}/{name}").json() == {"items": [], "next_cursor": None}
 
 
+@pytest.mark.parametrize("name", ["trials", "ops"])
+@pytest.mark.parametrize(("last", "status"), [(2**31 - 1, 200), (2**31, 422)])
+def test_a_cursor_holds_what_the_database_can(
+    name: str, last: int, status: int, client: TestClient, jobs: Jobs
+) -> None:
+    path = f"/v1/jobs/{jobs.submit(submission(), 'ann')[0].id}/{name}"
+    answer = client.get(path, params={"cursor": cursors.encode(name, last)})
+    assert answer.status_code == status
+
+
 @pytest.mark.parametrize("number", ["9", "-1", "x", str(2**31)])
 def test_a_trial_that_is_not_there_is_not_found(
     number: str, client: TestClient, jobs: Jobs, database_url: str

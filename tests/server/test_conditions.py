@@ -1,8 +1,8 @@
-"""Cursors, entity tags and ranges: what clients send, and what becomes of it."""
+"""Cursors, entity tags, ranges and JSON: what clients send, and what becomes of it."""
 
 import pytest
 
-from server import cursors, etags, ranges
+from server import cursors, etags, ranges, strict_json
 from server.errors import InvalidError, RangeError
 
 
@@ -16,6 +16,8 @@ def test_a_cursor_leads_back(last: str) -> None:
 
 def test_a_cursor_of_a_number_leads_back() -> None:
     assert cursors.decode_number("trials", cursors.encode("trials", 12)) == 12
+    last = cursors.encode("events", 2**63 - 1)
+    assert cursors.decode_number("events", last, 2**63 - 1) == 2**63 - 1
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_anything_else_is_no_cursor(cursor: str) -> None:
         cursors.decode("jobs", cursor)
 
 
-@pytest.mark.parametrize("last", ["x", "-1", "9" * 19])
+@pytest.mark.parametrize("last", ["x", "-1", "9" * 19, str(2**31)])
 def test_anything_else_is_no_cursor_of_a_number(last: str) -> None:
     with pytest.raises(InvalidError):
         cursors.decode_number("jobs", cursors.encode("jobs", last))
@@ -93,3 +95,10 @@ def test_a_range_without_bytes_is_refused(header: str, size: int) -> None:
     with pytest.raises(RangeError, match=f"{size} bytes") as caught:
         ranges.wanted(header, size)
     assert caught.value.headers == {"Content-Range": f"bytes */{size}"}
+
+
+@pytest.mark.parametrize("levels", [101, 1000, 100_000])
+def test_json_nests_100_levels_and_no_more(levels: int) -> None:
+    strict_json.check(strict_json.loads("[" * 100 + "1" + "]" * 100))
+    with pytest.raises(ValueError, match="deeper than 100 levels"):
+        strict_json.loads("[" * levels + "1" + "]" * levels)
