@@ -32,7 +32,17 @@ _ITEM = rb"'\w+': ?(?:'[^'\\\s]*'|True|False|\([\d, ]*\))"
 _HEADER = re.compile(rb"\{%(item)s(?:, ?%(item)s)*,? ?\}" % {b"item": _ITEM})
 _DTYPE = re.compile(rb"'descr': ?'([^']*)'")
 _PLAIN_DTYPE = re.compile(rb"[<>|=]?(?:b1|[iu][1248]|f[248])")
+_KEY = re.compile(rb"'(\w+)':")
+_KEYS = [b"descr", b"fortran_order", b"shape"]
 _MOST_AXES = 32
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    UnicodeDecodeError,  # of a member's name
+)
 
 
 def check(path: Path, most_bytes: int) -> None:
@@ -49,7 +59,7 @@ def check(path: Path, most_bytes: int) -> None:
             for member in members:
                 with archive.open(member) as file:
                     _check_array(file, member)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error) as error:
+    except _UNREADABLE as error:
         raise InvalidError(f"not an npz file: {error}") from error
 
 
@@ -142,7 +152,8 @@ def _header_text(file: IO[bytes]) -> bytes:
     if length > _LONGEST_HEADER:
         raise ValueError(f"its header has {length} bytes: at most {_LONGEST_HEADER} are taken")
     text = file.read(length).strip()
-    if not _HEADER.fullmatch(text):
+    # of a key that comes twice numpy takes the last one, which nothing here has looked at
+    if not _HEADER.fullmatch(text) or sorted(_KEY.findall(text)) != _KEYS:
         raise ValueError("its header is none of an array without fields")
     dtype = _DTYPE.search(text)
     if dtype is None or not _PLAIN_DTYPE.fullmatch(dtype[1]):

@@ -119,6 +119,23 @@ def _damaged() -> bytes:
     return bytes(data)
 
 
+def _misspelled(record: bytes, flags_at: int) -> bytes:
+    """Return a zip where a record says that its name is UTF-8, and it is not."""
+    data = bytearray(zipped({"x.npy": npy(_PLAIN, b"\0" * 8)}))
+    at = data.index(record)
+    data[at + flags_at + 1] |= 0x8
+    data[data.index(b"x.npy", at)] = 0xFF
+    return bytes(data)
+
+
+def _hidden_pickle() -> bytes:
+    """Return an npz whose header has a key twice: a reader that takes the last one unpickles."""
+    text = pickle.dumps(_Bomb())
+    text += b"\0" * (-len(text) % 8)
+    keys = f"'descr': '<f8', 'descr': '|O', 'fortran_order': False, 'shape': ({len(text) // 8},), "
+    return zipped({"x.npy": npy("{" + keys + "}", text)})
+
+
 def _encrypted() -> bytes:
     data = bytearray(sound_npz())
     data[6] |= 1
@@ -144,6 +161,9 @@ NPZ: dict[str, Maker] = {
     "a safetensors file": sound_safetensors,
     "a pickled member": _pickled,
     "an object array": _objects,
+    "a pickle behind a key that comes twice": _hidden_pickle,
+    "a name of a member that is no UTF-8": lambda: _misspelled(b"PK\x03\x04", 6),
+    "a name in the directory that is no UTF-8": lambda: _misspelled(b"PK\x01\x02", 8),
     "a zip bomb": _bomb,
     "a lie about the size": _lies_about_size,
     "overlapping members": _overlapping,

@@ -86,6 +86,7 @@ _OWN_WORDS = {
     "zip64": "too large for a plain zip",
     "a huge directory": "at most 1024",
     "something before": "does not begin as",
+    "a pickle behind a key that comes twice": "without fields",
     "nested": "without fields",
     "an expression": "without fields",
 }
