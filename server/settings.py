@@ -18,7 +18,7 @@ def _database_url(url: str) -> str:
         kind = make_url(url).drivername.partition("+")[0]
     except ArgumentError as error:
         raise ValueError(
-            f"{url!r} is no database URL: give sqlite:///path or postgresql://user@host/database"
+            "this is no database URL: give sqlite:///path or postgresql://user@host/database"
         ) from error
     if kind not in ("sqlite", "postgresql"):
         raise ValueError(f"{kind!r} is no database that this service knows: sqlite or postgresql")

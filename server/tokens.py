@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
@@ -14,11 +15,13 @@ from server.db import Database
 from server.db.models import TokenRow
 from server.errors import DatabaseError, InvalidError, NotFoundError
 from server.ids import new_id
+from server.schemas import Name
 
 PREFIX = "acc_"
 _SECRET_BYTES = 32
 _LONGEST_SECRET = 256
 _TOUCH_EVERY = timedelta(minutes=1)
+_NAME = TypeAdapter[str](Name)
 _log = logging.getLogger(__name__)
 
 
@@ -37,8 +40,10 @@ class Tokens:
     ) -> tuple[TokenRow, str]:
         """Make a token; return its row and the secret, which cannot be shown again.
 
-        Raises InvalidError for a time that has passed, and for no scope at all.
+        Raises InvalidError for a name that cannot be stored, for a time that has passed, and for no
+        scope at all.
         """
+        _check_name(name)
         if not scopes:
             raise InvalidError(f"a token needs a scope: {', '.join(Scope)}")
         if expires is not None:
@@ -121,6 +126,15 @@ def _set_last_used(session: Session, token_id: str, moment: datetime) -> None:
 def _usable(moment: datetime) -> ColumnElement[bool]:
     lasts = or_(TokenRow.expires_at.is_(None), TokenRow.expires_at > moment)
     return and_(TokenRow.revoked_at.is_(None), lasts)
+
+
+def _check_name(name: str) -> None:
+    try:
+        _NAME.validate_python(name)
+    except ValidationError as error:
+        raise InvalidError(
+            f"{name[:40]!r} is no name for a token: give 1 to 255 Unicode characters, no NUL"
+        ) from error
 
 
 def _digest(secret: str) -> str:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import SettingsError as UnreadableError
 
 from server.db import Database, is_current, upgrade
 from server.errors import SettingsError
@@ -37,8 +40,22 @@ DatabaseUrl = Annotated[
 
 
 def settings(**given: Any) -> Settings:
-    """Return the settings of the environment, with what was given on the command line before it."""
-    return Settings(**{name: value for name, value in given.items() if value is not None})
+    """Return the settings of the environment, with what was given on the command line before it.
+
+    Raises SettingsError, which names the settings that are wrong.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsError("; ".join(map(_wrong, error.errors()))) from error
+    except UnreadableError as error:  # of pydantic-settings: a list that is no JSON
+        raise SettingsError(f'{error}: give a JSON list, such as \'["0", "1"]\'') from error
+
+
+def _wrong(found: ErrorDetails) -> str:
+    """Return which setting is wrong and why, without what was given: it may hold a password."""
+    name = ".".join(map(str, found["loc"]))
+    return f"ACCUTUNE_{name.upper()}: {found['msg'].removeprefix('Value error, ')}"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from server.tokens import Tokens
 app = typer.Typer(name="token", help="Make, list and revoke access tokens.", no_args_is_help=True)
 
 _DAYS = 90
+_MOST_DAYS = 36_500
 
 
 @app.command("create")
@@ -26,7 +27,9 @@ def create(
         list[Scope],
         typer.Option(help="read; submit (and read); admin (everything, of all owners)."),
     ] = [Scope.SUBMIT],  # noqa: B006 (typer shows it as the default)
-    days: Annotated[int, typer.Option(min=0, help="Until it expires; 0: never.")] = _DAYS,
+    days: Annotated[
+        int, typer.Option(min=0, max=_MOST_DAYS, help="Until it expires; 0: never.")
+    ] = _DAYS,
     as_json: AsJson = False,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,

@@ -81,7 +81,7 @@ def _engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.drivername.startswith("sqlite"):
         if parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(Path(parsed.database).parent)
         arguments: dict[str, Any] = {"timeout": _LOCK_TIMEOUT_S, "check_same_thread": False}
         engine = create_engine(parsed, connect_args=arguments)
         event.listen(engine, "connect", _prepare_sqlite)
@@ -97,6 +97,13 @@ def _engine(url: str) -> Engine:
         raise SettingsError(
             f"PostgreSQL needs a package that is missing ({error}): install accutune[postgres]"
         ) from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"the database's folder cannot be made: {error}") from error
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

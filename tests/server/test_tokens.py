@@ -98,6 +98,12 @@ def test_a_time_that_cannot_be_is_refused(tokens: Tokens, expires: datetime) -> 
         tokens.create("team", READ, expires)
 
 
+@pytest.mark.parametrize("name", ["", "a\0b", "\udcff", "x" * 256])
+def test_a_name_that_cannot_be_stored_is_refused(tokens: Tokens, name: str) -> None:
+    with pytest.raises(InvalidError, match="is no name for a token"):
+        tokens.create(name, READ)
+
+
 def test_a_token_without_a_scope_is_refused(tokens: Tokens) -> None:
     with pytest.raises(InvalidError, match="read, submit, admin"):
         tokens.create("team", ())
