@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tuner.errors import EvaluationError, TuningCancelled
 from tuner.isolation import RandomState
 from tuner.plan import Plan
-from tuner.records import TrialRecord
+from tuner.records import TrialRecord, storable
 from tuner.scores import Score, read_score
 
 EvalFunc = Callable[[Any], Any]
@@ -52,7 +52,7 @@ class Evaluator:
         except TuningCancelled:
             raise
         except Exception:  # the user's eval_func may raise anything: it is this trial's failure
-            error = traceback.format_exc()
+            error = storable(traceback.format_exc())
         return Attempt(score, time.perf_counter() - started, error)
 
 
@@ -78,7 +78,7 @@ class Attempt:
             number=number,
             plan=plan,
             accuracy=None if failed else self.score.accuracy,
-            metrics=self.score.metrics,
+            metrics={storable(name): value for name, value in self.score.metrics.items()},
             costs=costs,
             meets_goal=meets_goal,
             state="failed" if failed else "complete",

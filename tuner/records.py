@@ -160,6 +160,14 @@ def _spelled(operand: str, scheme: TensorScheme | None) -> str:
     return f"{operand}{fmt.bits}" if is_plain else f"{operand}{fmt.bits}:{fmt.name}"
 
 
+def storable(text: str) -> str:
+    """Return a text of the user's code without what databases and files refuse.
+
+    That is NUL (PostgreSQL), and halves of surrogate pairs (UTF-8), such as those of file names.
+    """
+    return text.replace("\0", "").encode(errors="replace").decode()
+
+
 def encode_float(value: float) -> float | str:
     """Return a value that strict JSON can hold; `float()` reads it back."""
     value = float(value)

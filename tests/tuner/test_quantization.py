@@ -393,6 +393,23 @@ def test_failed_trials_are_kept_and_the_search_goes_on(net: nn.Module) -> None:
     assert result.goal_met
 
 
+def test_odd_texts_of_eval_func_can_be_stored_everywhere(net: nn.Module, tmp_path: Path) -> None:
+    calls = iter(range(99))
+
+    def eval_func(model: nn.Module) -> dict[str, float]:
+        if next(calls) == 1:
+            raise OSError("a file of the name \0 \udcff")
+        return {"right": 1.0, "\0 \udcff": 2.0}
+
+    goal = AccuracyGoal(metric="right")
+    q_model = fit(net, eval_func=eval_func, config=MIXED.model_copy(update={"goal": goal}))
+    failed, passed = q_model.result.trials[:2]
+    assert "OSError: a file of the name  ?" in (failed.error or "")
+    assert passed.metrics == {"right": 1.0, " ?": 2.0}
+    q_model.save(tmp_path)
+    q_model.result.report(tmp_path / "report.html")
+
+
 def test_three_failures_in_a_row_end_it_with_the_first_traceback(net: nn.Module) -> None:
     calls = iter(range(99))
 
