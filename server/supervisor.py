@@ -208,5 +208,6 @@ def _described(code: int) -> str:
     if code == ExitCode.DONE:
         return "ended without a result"
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        named = {int(one): one.name for one in signal.Signals}
+        return f"was killed by {named.get(-code, f'signal {-code}')}"
     return f"ended with exit code {code}"

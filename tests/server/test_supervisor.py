@@ -108,6 +108,7 @@ def quick(settings: Settings) -> Settings:
     [
         ("print('last words'); raise SystemExit(3)", "ended with exit code 3"),
         ("import os; print('last words', flush=True); os.kill(os.getpid(), 11)", "by SIGSEGV"),
+        ("import os; print('last words', flush=True); os.kill(os.getpid(), 40)", "by signal 40"),
         ("print('last words')", "ended without a result"),
         (f"print('last words'); raise SystemExit({ExitCode.RETRY})", "ended with exit code 75"),
     ],
