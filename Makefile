@@ -34,11 +34,10 @@ serve: $(VENV)/runtime.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
 
-# The long tests of the service, which start many processes and a browser.
+# Those that kill processes and databases, and a browser.
 test-service: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -o addopts="--strict-markers --import-mode=importlib -ra" \
-		tests/server/test_worker.py tests/server/test_chaos.py tests/server/test_cli.py \
-		tests/server/test_schemathesis.py $(wildcard tests/server/browser)
+		tests/server/test_chaos.py tests/server/browser
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(SOURCES)

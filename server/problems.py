@@ -105,7 +105,7 @@ def field_errors(errors: Sequence[Any], body: Any, below: str = "") -> list[dict
 
 
 def _field_error(error: Mapping[str, Any], body: Any, below: str) -> dict[str, str]:
-    place, detail = error["loc"], str(error["msg"])
+    place, detail = error["loc"], str(error["msg"]).removeprefix("Value error, ")
     if place and place[0] in ("query", "header", "path", "cookie"):
         return {"detail": detail, "in": str(place[0]), "parameter": ".".join(map(str, place[1:]))}
     if place and place[0] == "body":

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 from server import asset_parameters
+from server.app import create_app
 from server.assets import Assets, Kind
 from server.auth import Scope
 from server.db import Database, upgrade
@@ -82,11 +83,18 @@ def test_what_only_looks_like_an_upload_is_none(assets: Assets) -> None:
     asset_parameters.check(assets, Outer.model_json_schema(), {"note": "0" * 64}, "me")
 
 
+def test_an_architecture_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
+    params = {"architecture": "mpl", "weights": WEIGHTS_ID, "data": NPZ_ID}
+    with TestClient(create_app(on_sqlite(tmp_path))) as client:
+        refused = client.post("/v1/jobs", json={"recipe": "arrays", "params": params})
+    assert refused.status_code == 422
+    told = "unknown architecture 'mpl'. Did you mean mlp?"
+    assert refused.json()["errors"] == [{"detail": told, "pointer": "/params"}]
+
+
 def test_nobody_submits_a_job_with_what_another_uploaded(tmp_path: Path) -> None:
-    body = {
-        "recipe": "arrays",
-        "params": {"architecture": "mlp", "weights": WEIGHTS_ID, "data": NPZ_ID},
-    }
+    mlp = {"architecture": "mlp", "architecture_params": {"inputs": 1, "outputs": 1}}
+    body = {"recipe": "arrays", "params": {**mlp, "weights": WEIGHTS_ID, "data": NPZ_ID}}
     with guarded(on_sqlite(tmp_path)) as client:
         me, you = (bearer(client, Scope.SUBMIT, name=name) for name in ("me", "you"))
         upload(client, me, "npz", NPZ)

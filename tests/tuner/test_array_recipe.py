@@ -14,7 +14,7 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error, top_k_accur
 from torch import nn
 
 from tuner import TuningConfig, quantization, recipes
-from tuner.errors import DataError, TunerError, UnknownNameError
+from tuner.errors import DataError, TunerError
 from tuner.recipes import Task, architectures
 from tuner.recipes.assets import assets_in
 from tuner.recipes.base import Parameters
@@ -102,14 +102,24 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"architecture": "mpl"}, "mlp"),
-        ({"architecture_params": {"inputs": 6}}, "outputs"),
         ({"architecture_params": MLP | {"hidden": [9]}}, "weights do not fit 'mlp'.*size mismatch"),
         ({"weights": "0" * 64}, "upload it again"),
     ],
 )
 def test_models_that_do_not_fit(tmp_path: Path, values: dict[str, Any], message: str) -> None:
-    with pytest.raises((DataError, UnknownNameError), match=f"(?s){message}"):
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        _task(tmp_path, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"architecture": "mpl"}, "unknown architecture 'mpl'. Did you mean mlp"),
+        ({"architecture_params": {"inputs": 6}}, "do not fit 'mlp': outputs: Field required"),
+    ],
+)
+def test_parameters_that_do_not_fit(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         _task(tmp_path, **values)
 
 
@@ -123,7 +133,9 @@ def test_without_a_folder_the_message_says_how(tmp_path: Path) -> None:
     _task(tmp_path)
     digest = _put(tmp_path, b"x")
     with pytest.raises(DataError, match="with assets_in"):
-        recipes.get("arrays").task(architecture="mlp", weights=digest, data=digest)
+        recipes.get("arrays").task(
+            architecture="mlp", architecture_params=MLP, weights=digest, data=digest
+        )
 
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)

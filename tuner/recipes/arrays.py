@@ -2,11 +2,11 @@
 
 import zipfile
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,14 +26,36 @@ class ArrayParameters(Parameters):
     `data` holds the arrays `calibration` [M, …], `inputs` [N, …] and `targets` [N, …].
     """
 
-    architecture: str = Field(description="One of those that the service knows, such as mlp.")
+    architecture: str = Field(
+        description=f"{', '.join(architectures.ARCHITECTURES)}, or another that is registered."
+    )
     architecture_params: dict[str, Any] = Field(
-        default_factory=dict, description="What that architecture asks for, such as widths."
+        default_factory=dict,
+        description='What it asks for; mlp: {"inputs": 64, "hidden": [64], "outputs": 10}.',
     )
     weights: SafetensorsId = Field(description="The state dict, a safetensors file.")
     data: NpzId = Field(description="The arrays calibration, inputs and targets.")
     metric: Literal["accuracy", "top5", "perplexity", "mse", "mae"] = "accuracy"
     batch_size: int = Field(default=256, ge=1, le=65536)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        """Raise ValueError for an unknown architecture, or parameters that do not fit it."""
+        self.built_with()
+        return self
+
+    def built_with(self) -> Parameters:
+        """Return the parameters of the architecture."""
+        architecture = architectures.get(self.architecture)
+        try:
+            return architecture.parameters.model_validate(self.architecture_params)
+        except ValidationError as error:
+            reasons = "; ".join(
+                f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()
+            )
+            raise ValueError(
+                f"architecture_params do not fit {architecture.name!r}: {reasons}"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +90,7 @@ def _build(parameters: ArrayParameters) -> Task:
 
 def _model(parameters: ArrayParameters) -> nn.Module:
     architecture = architectures.get(parameters.architecture)
-    try:
-        given = architecture.parameters.model_validate(parameters.architecture_params)
-    except ValidationError as error:
-        raise DataError(f"architecture_params do not fit {architecture.name!r}: {error}") from error
-    model = architecture.build(given)
+    model = architecture.build(parameters.built_with())
     try:
         model.load_state_dict(load_file(asset_path(parameters.weights)))
     except (SafetensorError, RuntimeError) as error:
