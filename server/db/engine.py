@@ -4,11 +4,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, exc, func, make_url, select
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -86,6 +87,8 @@ def _engine(url: str) -> Engine:
         engine = create_engine(parsed, connect_args=arguments)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+        if parsed.database and not parsed.database.startswith((":memory:", "file:")):
+            event.listen(engine, "checkout", partial(_check_file, Path(parsed.database)))
         return engine
     parsed = parsed.set(drivername="postgresql+psycopg")
     arguments = {"connect_timeout": _CONNECT_TIMEOUT_S}
@@ -111,6 +114,12 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> N
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _check_file(path: Path, *_: object) -> None:
+    """Refuse a connection to a file that was deleted: what is written to it is lost."""
+    if not path.exists():
+        raise DisconnectionError(f"the file {path} is gone")
 
 
 def _begin_sqlite(connection: Connection) -> None:

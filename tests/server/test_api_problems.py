@@ -1,7 +1,9 @@
 """Every error is a problem document, and none tells what only the log may know."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI, HTTPException
@@ -12,6 +14,7 @@ from server.app import create_app
 from server.auth import PUBLIC
 from server.errors import RateLimitError
 from server.settings import Settings
+from tests.server.access import on_sqlite
 from tests.server.helpers import BODY
 
 JSON = {"Content-Type": "application/json"}
@@ -175,3 +178,17 @@ def test_a_database_that_is_gone_is_told(app: FastAPI, client: TestClient) -> No
     _check(client.get("/v1/jobs"), 503, "database-unavailable")
     _check(client.get("/readyz"), 503, "database-unavailable")
     assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("keeps_folder", [True, False])
+def test_a_file_that_was_deleted_takes_no_jobs(keeps_folder: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with TestClient(create_app(on_sqlite(folder)), raise_server_exceptions=False) as client:
+        assert client.post("/v1/jobs", json=BODY).status_code == 202
+        shutil.rmtree(folder)
+        if keeps_folder:
+            folder.mkdir()
+        _check(client.post("/v1/jobs", json=BODY), 503, "database-unavailable")
+        _check(client.get("/v1/jobs"), 503, "database-unavailable")
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").status_code == 200
