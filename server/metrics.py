@@ -1,10 +1,10 @@
 """What Prometheus may ask: the queue, the workers, the trials and the HTTP requests."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
@@ -25,15 +25,22 @@ _BATCH = 1000
 class Metrics:
     """The measurements of this process, and those of the database at the time of a scrape.
 
-    Requests are those of this process. Jobs, workers, lost leases, and the trials since this
-    process began, are those of the whole database: of several servers, take the maximum.
+    Requests and streams (`streams` tells how many there are) are those of this process. Jobs,
+    workers, lost leases, and the trials since this process began, are those of the whole database:
+    of several servers, take the maximum.
     """
 
-    def __init__(self, database: Database, lease_s: float) -> None:
+    def __init__(
+        self, database: Database, lease_s: float, streams: Callable[[], int] = lambda: 0
+    ) -> None:
         registry = CollectorRegistry()
         self._registry = registry
         self._trials = _Trials(database, registry)
         registry.register(_Queue(database, lease_s))
+        open_streams = Gauge(
+            "accutune_event_streams", "Clients that follow events.", registry=registry
+        )
+        open_streams.set_function(streams)
         self._requests = Counter(
             "accutune_http_requests",
             "HTTP requests that were answered.",

@@ -36,7 +36,7 @@ class Services:
         if database.is_sqlite:
             upgrade(database)
         jobs = Jobs(database)
-        tokens = Tokens(database)
+        tokens, hub = Tokens(database), Hub(jobs)
         return cls(
             settings=settings,
             database=database,
@@ -46,8 +46,8 @@ class Services:
             tokens=tokens,
             sessions=Sessions(settings, tokens),
             assets=Assets(database, settings),
-            metrics=Metrics(database, settings.lease_s),
-            hub=Hub(jobs),
+            metrics=Metrics(database, settings.lease_s, lambda: hub.watched),
+            hub=hub,
         )
 
     def close(self) -> None:

@@ -2,18 +2,23 @@
 
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from server.client import Client, JobEvent
 from server.db import Database, upgrade
 from server.jobs import Jobs
 from server.settings import Settings
@@ -138,6 +143,52 @@ def test_sigterm_ends_the_trial_and_gives_the_job_back(bench: Bench) -> None:
         bench.wait_for(job_id, *ENDED)
     bench.assert_undisturbed(job_id)
     assert bench.count("evaluated") == len(bench.records(job_id))
+
+
+def test_the_server_is_killed_in_the_middle_of_a_stream(bench: Bench) -> None:
+    job_id = bench.submit(behaviour="hold", at=3)
+    heard: list[JobEvent] = []
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    def listen() -> None:
+        with Client(f"http://127.0.0.1:{port}", retries=30) as client:
+            heard.extend(client.events(job_id))
+
+    listener = threading.Thread(target=listen)
+    with working(bench.settings):
+        with _serving(bench.settings, port) as server:
+            listener.start()
+            bench.wait_for_mark("acted")
+            until(lambda: _streams(port) == 1, "the client listens")
+            server.kill()
+        bench.let_go()
+        bench.wait_for_mark("evaluated", 5)
+        with _serving(bench.settings, port):
+            bench.wait_for(job_id, *ENDED)
+            listener.join()
+    bench.assert_undisturbed(job_id)
+    assert [(e.id, e.data) for e in heard] == [(e.id, e.data) for e in bench.jobs.events(job_id)]
+
+
+@contextmanager
+def _serving(settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `tuner serve` without a worker."""
+    command = [Path(sys.executable).with_name("tuner"), "serve", "--no-worker", "--port", str(port)]
+    with subprocess.Popen(command, env=os.environ | settings.environ()) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _streams(port: int) -> int:
+    """Return how many streams the server has."""
+    try:
+        told = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    except httpx.TransportError:
+        return 0
+    return int(float(told.partition("\naccutune_event_streams ")[2].partition("\n")[0] or 0))
 
 
 def test_postgresql_is_restarted_in_the_middle(tmp_path: Path) -> None:

@@ -175,4 +175,8 @@ def test_a_stream_of_events_is_counted_but_not_timed(client: TestClient) -> None
     found = samples(client.get("/metrics", headers=submitter).content)
     route = {"method": "GET", "route": "/v1/jobs/{job_id:id}/events"}
     assert value(found, "http_requests_total", **route, status="200") == 1
+    assert value(found, "event_streams") == 0
     assert ("accutune_http_request_seconds_count", frozenset(route.items())) not in found
+    with services.hub.watch(job.id):
+        open_now = samples(client.get("/metrics", headers=submitter).content)
+    assert value(open_now, "event_streams") == 1
