@@ -358,8 +358,9 @@ def test_a_session_changes_only_its_own_jobs(settings: Any) -> None:
         csrf = found.all("input", name="csrf_token")[0].attributes["value"]
         assert client.post(f"/jobs/{own}/pause").status_code == 403
         for job_id, status in ((own, 303), (other, 403)):
-            answer = client.post(f"/jobs/{job_id}/pause", data={"csrf_token": csrf})
-            assert answer.status_code == status
+            for move in ("pause", "resume", "cancel"):
+                answer = client.post(f"/jobs/{job_id}/{move}", data={"csrf_token": csrf})
+                assert answer.status_code == status
 
 
 def test_a_reader_sees_no_way_to_submit(settings: Any) -> None:
