@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-from sqlalchemy import RowMapping, select
+from sqlalchemy import select
 
 from server.dashboard.plans import Ops, ops_of
 from server.db import Database
-from server.db.models import JobRow, OpRow
+from server.db.models import EventRow, JobRow, OpRow
 from tuner.config import TuningConfig
 from tuner.plan import Plan
 from tuner.records import OpSummary, TrialRecord, TrialState, decode_floats
@@ -93,7 +93,7 @@ class Search:
 
 def of_job(database: Database, job: JobRow) -> Search:
     """Return the search of a job."""
-    records = _records(database, job.study_name)
+    records = _told(database, job.id)
     final = job.best.get("number") if job.best is not None and job.stop_reason else None
     return _search(records, TuningConfig.model_validate(job.config), final)
 
@@ -109,6 +109,17 @@ def _search(records: Sequence[TrialRecord], config: TuningConfig, final: int | N
     return Search(config, baseline, trials, final)
 
 
+def _told(database: Database, job_id: str) -> list[TrialRecord]:
+    """Return the trials that a job's events tell of: a tenth of the bytes of the trials' rows."""
+    query = (
+        select(EventRow.data)
+        .where(EventRow.job_id == job_id, EventRow.kind == "trial")
+        .order_by(EventRow.id)
+    )
+    with database.reading() as session:
+        return [_record(data) for data in session.scalars(query)]
+
+
 def _records(database: Database, study_name: str) -> list[TrialRecord]:
     columns = [TrialRow.record[part].label(part) for part in _PARTS]
     query = (
@@ -121,7 +132,7 @@ def _records(database: Database, study_name: str) -> list[TrialRecord]:
         return [_record(row) for row in session.execute(query).mappings()]
 
 
-def _record(row: RowMapping) -> TrialRecord:
+def _record(row: Mapping[Any, Any]) -> TrialRecord:
     accuracy, meets_goal = row["accuracy"], row["meets_goal"]
     return TrialRecord(
         number=row["number"],
