@@ -2,12 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
 
 from server.db import Database, is_current, upgrade
 from server.db.models import Base
+from server.errors import SettingsError
 from tests.server.helpers import HEADER, record
 from tuner.storage import StudyStore
 
@@ -70,3 +72,14 @@ def test_several_may_upgrade_at_once(empty_url: str) -> None:
 def test_an_upgrade_of_the_newest_changes_nothing(database: Database) -> None:
     upgrade(database)
     assert is_current(database)
+
+
+def test_tables_of_a_newer_program_are_left_alone(empty_url: str) -> None:
+    database = Database(empty_url)
+    upgrade(database)
+    with database.writing() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(SettingsError, match=r"'9999'.*newer program"):
+        upgrade(database)
+    assert not is_current(database)
+    database.close()
