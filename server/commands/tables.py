@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from server.client import JobEvent
@@ -42,12 +43,12 @@ def jobs(items: Iterable[Job]) -> Table:
     for job in items:
         table.add_row(
             job.id,
-            job.recipe,
+            _plain(job.recipe),
             f"[{_STYLES.get(job.state, '')}]{job.state}[/]" if job.state in _STYLES else job.state,
             f"{job.progress.trials}/{job.progress.max_trials}",
             _MARKS[job.goal_met],
             describe_best(job),
-            job.owner,
+            _plain(job.owner),
             _age(job.created_at),
         )
     return table
@@ -102,7 +103,8 @@ def recipes(items: Iterable[RecipeInfo]) -> Table:
     table = _table("recipe", "parameters", "what it is")
     for recipe in items:
         properties = recipe.parameters.get("properties", {})
-        table.add_row(recipe.name, ", ".join(map(_parameter, properties.items())), recipe.summary)
+        parameters = ", ".join(map(_parameter, properties.items()))
+        table.add_row(_plain(recipe.name), _plain(parameters), _plain(recipe.summary))
     return table
 
 
@@ -113,7 +115,7 @@ def tokens(rows: Iterable[TokenRow]) -> Table:
         has_expired = row.expires_at is not None and row.expires_at <= datetime.now(UTC)
         state = "revoked" if row.revoked_at else "expired" if has_expired else "usable"
         times = (row.created_at, row.expires_at, row.last_used_at)
-        table.add_row(row.id, row.name, ", ".join(row.scopes), *map(_moment, times), state)
+        table.add_row(row.id, _plain(row.name), ", ".join(row.scopes), *map(_moment, times), state)
     return table
 
 
@@ -121,11 +123,11 @@ def _job_rows(item: Job, baseline: Trial | None) -> list[tuple[str, str]]:
     config = item.config
     return [
         ("job", item.id),
-        ("recipe", f"{item.recipe} {_json(item.params)}".rstrip()),
+        ("recipe", f"{_plain(item.recipe)} {_json(item.params)}".rstrip()),
         ("state", f"{item.state} (attempt {item.attempt} of {item.max_attempts})"),
         ("search", f"{_json(config.model_dump(mode='json', exclude_defaults=True))}"),
         ("labels", _json(item.labels)),
-        ("owner", item.owner),
+        ("owner", _plain(item.owner)),
         ("created", _moment(item.created_at)),
         ("took", _took(item)),
         ("trials", f"{item.progress.trials} of at most {item.progress.max_trials}"),
@@ -180,7 +182,7 @@ def _table(*headers: str) -> Table:
 def _plain(value: str) -> str:
     """Return a text in which nothing is markup, and nothing controls the terminal."""
     shown = "".join(c if c.isprintable() or c == "\n" else " " for c in value)
-    return shown.replace("[", "\\[")
+    return escape(shown)
 
 
 def _json(value: Mapping[str, Any]) -> str:
