@@ -136,9 +136,11 @@ class _Run:
     ) -> QuantizedModel:
         stored = [TrialRecord.from_dict(record) for record in store.records()]
         baseline = stored[0] if stored else self._baseline(store, evaluate)
-        prepared = self._preparation.finish(self._bar, store.payload or None)
-        if not store.payload:
-            store.set_payload(prepared.payload)
+        known = store.payload
+        prepared = self._preparation.finish(self._bar, known or None)
+        payload = prepared.payload | {"goal": self._config.goal.model_dump(mode="json")}
+        if payload != known:
+            store.set_payload(payload)
         baseline = _with_goal(baseline, prepared, self._config)
         self._bar.start(self._config.goal.describe(baseline.accuracy), self._config.max_trials)
         session = Session(

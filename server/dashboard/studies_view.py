@@ -58,14 +58,28 @@ def header(database: Database, name: str) -> tuple[datetime, dict[str, Any]]:
     return _utc(row[0]), row[1]
 
 
-def search(database: Database, name: str, objective: str) -> Search:
-    """Return the search of a study.
+def search(database: Database, name: str, objective: str) -> tuple[Search, bool]:
+    """Return the search of a study, and whether its goal is known.
 
-    A study does not keep its goal: what met it was judged when it ran, and that also tells in which
-    direction the metric is better.
+    A study that an older version made does not keep its goal: what met it was judged when it ran,
+    and that also tells in which direction the metric is better.
     """
-    guess = searches.of_study(database, name, TuningConfig(objective=objective))
+    goal = _goal(database, name)
+    if goal is not None:
+        return _under(database, name, objective, goal), True
+    guess = _under(database, name, objective, AccuracyGoal())
     goal = AccuracyGoal(higher_is_better=_is_higher_better(guess.trials))
+    return _under(database, name, objective, goal), False
+
+
+def _goal(database: Database, name: str) -> AccuracyGoal | None:
+    query = select(StudyRow.payload["goal"]).where(StudyRow.name == name)
+    with database.reading() as session:
+        stored = session.scalars(query).one_or_none()
+    return None if stored is None else AccuracyGoal.model_validate(stored)
+
+
+def _under(database: Database, name: str, objective: str, goal: AccuracyGoal) -> Search:
     return searches.of_study(database, name, TuningConfig(objective=objective, goal=goal))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -17,6 +18,7 @@ from server.states import State
 from tests.server.access import bearer, guarded
 from tests.server.dashboard_pages import EVIL, Page, in_state
 from tests.server.helpers import HEADER, claimed, record, store, submission, succeeded
+from tuner import AccuracyGoal, TuningConfig, quantization
 from tuner.report.page import SHADES
 from tuner.storage import StudyStore
 
@@ -284,10 +286,24 @@ def test_studies_of_the_library(client: TestClient, jobs: Jobs, database_url: st
     (link,) = [e for e in listed.all("a") if e.text == name]
     found = page(client, link.attributes["href"])
     assert name in found.words
-    assert not found.all("line", **{"class": "goal"})  # the goal is not kept
+    assert not found.all("line", **{"class": "goal"})  # nobody kept it
+    assert "kept no goal" in found.words
     (trial,) = [e for e in found.all("a") if e.attributes.get("id") == "t2"]
     assert "Trial 2" in page(client, trial.attributes["href"]).words
     page(client, f"{link.attributes['href']}?cost=size")
+
+
+def test_a_run_of_the_library_shows_its_goal(client: TestClient, database_url: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    goal = AccuracyGoal(at_most=0.5)
+    data, config = [torch.ones(2, 4)], TuningConfig(goal=goal, max_trials=1)
+    quantization.fit(
+        model, data, lambda _: 0.25, config, storage=database_url, study_name="s", progress=False
+    )
+    found = page(client, "/studies/s")
+    assert "Goal accuracy ≤ 0.5" in found.words
+    assert found.all("line", **{"class": "goal"})
+    assert "kept no goal" not in found.words
 
 
 def test_a_job_is_no_study(client: TestClient, jobs: Jobs, database_url: str) -> None:

@@ -47,7 +47,7 @@ def show_study_trial(
 ) -> Response:
     """Show a trial of a study."""
     studies_view.header(services.database, name)
-    search = studies_view.search(services.database, name, "bops")
+    search, _ = studies_view.search(services.database, name, "bops")
     page = trial_page(services, name, search, number, against)
     return render(request, "trial.html", page=page, owner_name=name, owner_href=_href(name))
 
@@ -63,12 +63,14 @@ def show_study(
 ) -> Response:
     """Show a study."""
     created_at, header = studies_view.header(services.database, name)
-    search = studies_view.search(services.database, name, cost)
+    search, knows_goal = studies_view.search(services.database, name, cost)
     source = search.source()
     plot = scatter(source) if source is not None else None
     history = charts.history(search)
-    if history is not None:  # the goal is not kept
+    if plot is not None and history is not None and not knows_goal:
+        plot = replace(plot, goal_y=None)
         history = replace(history, panels=tuple(replace(p, level=None) for p in history.panels))
+    baseline = search.baseline.accuracy if search.baseline is not None else None
     return render(
         request,
         "study.html",
@@ -79,7 +81,8 @@ def show_study(
         header=header,
         search=search,
         cost=cost,
-        plot=None if plot is None else replace(plot, goal_y=None),
+        goal=search.config.goal.describe(baseline) if knows_goal else None,
+        plot=plot,
         history=history,
         table=trials_view.table(services.database, name, search, before),
     )
