@@ -1,5 +1,6 @@
 """What the tests of the service share: both databases, an application, and a client of it."""
 
+import logging
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import make_url
 
+from server import logs
 from server.app import create_app
 from server.auth import Scope
 from server.db import Database, upgrade
@@ -196,3 +198,17 @@ def live(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def plain_root() -> Iterator[logging.Logger]:
+    """The root logger, put back to what it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    quiet = {name: logging.getLogger(name).level for name in logs._QUIET}
+    yield root
+    root.handlers[:], root.level = handlers, level
+    for name, before in quiet.items():
+        logging.getLogger(name).setLevel(before)
+    logging.getLogger("uvicorn.access").disabled = False
+    logging.captureWarnings(False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ START_S = 120.0
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, plain_root: logging.Logger) -> Run:
     """Runs a command; errors that tuner.cli.run shows are raised."""
     monkeypatch.setattr("server.commands.jobs._RETRIES", 0)
 

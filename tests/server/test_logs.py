@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,6 @@ def made(message: str, *args: Any, **fields: Any) -> logging.LogRecord:
     record = logging.LogRecord("server.x", logging.WARNING, "f.py", 1, message, args, None)
     record.__dict__.update(fields)
     return record
-
-
-@pytest.fixture
-def plain_root() -> Iterator[logging.Logger]:
-    """The root logger, put back to what it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    quiet = {name: logging.getLogger(name).level for name in logs._QUIET}
-    yield root
-    root.handlers[:], root.level = handlers, level
-    for name, before in quiet.items():
-        logging.getLogger(name).setLevel(before)
-    logging.getLogger("uvicorn.access").disabled = False
-    logging.captureWarnings(False)
 
 
 def test_a_json_line_has_time_level_message_context_and_extra() -> None:
