@@ -39,7 +39,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8765, ge=0, le=65535)
-    allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]", "testserver")
+    allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
     auth: bool | None = None
     """Whether a token is needed. None: only where `host` is no loopback address."""
     session_hours: float = Field(default=12.0, gt=0)

@@ -13,6 +13,13 @@ from server.auth import Scope
 from server.settings import Settings
 
 
+class LocalClient(TestClient):
+    """A client of an application in this process, at an address that is allowed."""
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        super().__init__(app, base_url="http://127.0.0.1", **options)
+
+
 def on_sqlite(folder: Path, **fields: Any) -> Settings:
     """Return settings for what does not depend on the database, without a limit in the way."""
     return Settings(data_dir=folder, requests_per_minute=1_000_000, **fields)
@@ -27,7 +34,7 @@ def with_changes(settings: Settings, **changes: Any) -> Settings:
 def guarded(settings: Settings, **changes: Any) -> Iterator[TestClient]:
     """Run a service that needs tokens."""
     app = create_app(with_changes(settings, auth=True, **changes))
-    with TestClient(app, raise_server_exceptions=False, follow_redirects=False) as client:
+    with LocalClient(app, raise_server_exceptions=False, follow_redirects=False) as client:
         yield client
 
 

@@ -23,6 +23,7 @@ from server.db import Database, upgrade
 from server.db.models import Base
 from server.jobs import Jobs
 from server.settings import Settings
+from tests.server.access import LocalClient
 
 _VARIABLE = "ACCUTUNE_TEST_POSTGRES_URL"
 _HERE = "postgresql://postgres@127.0.0.1:5432/postgres"
@@ -152,7 +153,7 @@ def app(settings: Settings) -> FastAPI:
 @pytest.fixture
 def client(app: FastAPI) -> Iterator[TestClient]:
     """A client of the running application; errors of the server are answers, not exceptions."""
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with LocalClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -160,7 +161,7 @@ def client(app: FastAPI) -> Iterator[TestClient]:
 def any_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A client for what no database sees: one for many tests, that leave jobs behind."""
     settings = Settings(data_dir=tmp_path_factory.mktemp("data"), requests_per_minute=1_000_000)
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    with LocalClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -168,7 +169,7 @@ def any_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]
 def client_of(settings: Settings) -> Iterator[Callable[..., TestClient]]:
     """Make clients of a service where everybody needs a token, each with its own."""
     guarded = create_app(settings.model_copy(update={"auth": True}))
-    with TestClient(guarded, raise_server_exceptions=False) as plain:
+    with LocalClient(guarded, raise_server_exceptions=False) as plain:
         tokens = guarded.state.services.tokens
 
         def make(name: str | None = None, *scopes: Scope) -> TestClient:
@@ -176,7 +177,7 @@ def client_of(settings: Settings) -> Iterator[Callable[..., TestClient]]:
                 return plain
             _, secret = tokens.create(name, scopes or (Scope.SUBMIT,))
             headers = {"Authorization": f"Bearer {secret}"}
-            return TestClient(guarded, raise_server_exceptions=False, headers=headers)
+            return LocalClient(guarded, raise_server_exceptions=False, headers=headers)
 
         yield make
 

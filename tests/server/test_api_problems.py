@@ -14,7 +14,7 @@ from server.app import create_app
 from server.auth import PUBLIC
 from server.errors import RateLimitError
 from server.settings import Settings
-from tests.server.access import on_sqlite
+from tests.server.access import LocalClient, on_sqlite
 from tests.server.helpers import BODY
 
 JSON = {"Content-Type": "application/json"}
@@ -37,7 +37,7 @@ def broken(settings: Settings) -> Iterator[TestClient]:
     def busy() -> None:
         raise RateLimitError("slowly", 7)
 
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with LocalClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -183,7 +183,7 @@ def test_a_database_that_is_gone_is_told(app: FastAPI, client: TestClient) -> No
 @pytest.mark.parametrize("keeps_folder", [True, False])
 def test_a_file_that_was_deleted_takes_no_jobs(keeps_folder: bool, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with TestClient(create_app(on_sqlite(folder)), raise_server_exceptions=False) as client:
+    with LocalClient(create_app(on_sqlite(folder)), raise_server_exceptions=False) as client:
         assert client.post("/v1/jobs", json=BODY).status_code == 202
         shutil.rmtree(folder)
         if keeps_folder:

@@ -16,6 +16,7 @@ from server.db.models import WorkerRow
 from server.ids import new_id
 from server.jobs import Jobs
 from server.settings import Settings
+from tests.server.access import LocalClient
 from tests.server.helpers import claimed, submission
 from tuner.recipes import RECIPES
 from tuner.version import VERSION
@@ -41,7 +42,7 @@ def test_a_broken_recipe_is_listed_and_the_server_starts(tmp_path: Path) -> None
     folder.mkdir()
     (folder / "bad.py").write_text("1 / 0")
     settings = Settings(data_dir=tmp_path, recipes_dir=folder)
-    with TestClient(create_app(settings)) as client:
+    with LocalClient(create_app(settings)) as client:
         (broken,) = client.get("/v1/recipes").json()["broken"]
     assert broken["source"].endswith("bad.py")
     assert broken["error"] == "ZeroDivisionError: division by zero"
@@ -109,7 +110,7 @@ def test_a_service_without_its_tables_is_not_ready(client: TestClient, database:
 
 def test_a_service_whose_database_is_away_starts_and_says_so(tmp_path: Path) -> None:
     url = "postgresql://nobody@127.0.0.1:9/nothing"
-    with TestClient(create_app(Settings(data_dir=tmp_path, database_url=url))) as client:
+    with LocalClient(create_app(Settings(data_dir=tmp_path, database_url=url))) as client:
         assert client.get("/healthz").status_code == 200
         for path in ("/readyz", "/v1/jobs"):
             answer = client.get(path)

@@ -17,7 +17,7 @@ from server.auth import Scope
 from server.db import Database, upgrade
 from server.errors import InvalidError
 from tests.server import hostile
-from tests.server.access import bearer, guarded, on_sqlite
+from tests.server.access import LocalClient, bearer, guarded, on_sqlite
 from tuner.recipes.assets import NpzId, SafetensorsId
 
 NPZ, WEIGHTS = hostile.sound_npz(), hostile.sound_safetensors()
@@ -85,7 +85,7 @@ def test_what_only_looks_like_an_upload_is_none(assets: Assets) -> None:
 
 def test_an_architecture_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
     params = {"architecture": "mpl", "weights": WEIGHTS_ID, "data": NPZ_ID}
-    with TestClient(create_app(on_sqlite(tmp_path))) as client:
+    with LocalClient(create_app(on_sqlite(tmp_path))) as client:
         refused = client.post("/v1/jobs", json={"recipe": "arrays", "params": params})
     assert refused.status_code == 422
     told = "unknown architecture 'mpl'. Did you mean mlp?"

@@ -14,7 +14,7 @@ from server.app import create_app
 from server.auth import LOCAL, SAFE_METHODS, Caller, Scope, is_loopback, needs_token
 from server.db import Database
 from server.settings import Settings
-from tests.server.access import app_of, bearer, guarded, on_sqlite
+from tests.server.access import LocalClient, app_of, bearer, guarded, on_sqlite
 
 # Those that were agreed on: another one that is marked as public must be added here, too.
 PUBLIC_ROUTES = {
@@ -105,7 +105,7 @@ def test_a_body_of_nobody_is_not_read(client: TestClient, body: bytes) -> None:
 
 
 def test_this_machine_needs_no_token_but_one_that_is_given_is_checked(tmp_path: Path) -> None:
-    with TestClient(create_app(on_sqlite(tmp_path))) as client:
+    with LocalClient(create_app(on_sqlite(tmp_path))) as client:
         assert client.get("/v1/tokens").status_code == 200
         wrong = {"Authorization": "Bearer acc_wrong"}
         assert client.get("/v1/tokens", headers=wrong).status_code == 401

@@ -13,7 +13,7 @@ from server.catalog import Catalog
 from server.dashboard import forms, submission
 from server.jobs import Jobs
 from server.schemas import Submission
-from tests.server.access import on_sqlite
+from tests.server.access import LocalClient, on_sqlite
 from tests.server.dashboard_pages import Page
 from tests.server.helpers import submission as sent
 from tuner.recipes import RECIPES
@@ -179,7 +179,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with TestClient(create_app(on_sqlite(tmp_path_factory.mktemp("forms")))) as client:
+    with LocalClient(create_app(on_sqlite(tmp_path_factory.mktemp("forms")))) as client:
         yield client
 
 
@@ -272,7 +272,7 @@ def test_uploads_are_chosen_by_their_names(client: TestClient, tmp_path: Path) -
 
 
 def test_a_full_queue_is_said(tmp_path: Path) -> None:
-    with TestClient(create_app(on_sqlite(tmp_path, max_queued_jobs=1))) as client:
+    with LocalClient(create_app(on_sqlite(tmp_path, max_queued_jobs=1))) as client:
         _jobs(client).submit(sent(), "local")
         form = Page(client.get("/submit?recipe=digits-resnet").text).form
         answer = client.post("/submit", data=form)

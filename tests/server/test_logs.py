@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from server import logs
 from server.app import create_app
 from server.auth import SESSION_COOKIE, Scope
 from server.logs import JsonFormatter, PlainFormatter, bind, redact
-from tests.server.access import app_of, bearer, guarded, on_sqlite
+from tests.server.access import LocalClient, app_of, bearer, guarded, on_sqlite
 
 SECRET = "acc_" + "aB3-_" * 8 + "xyz"
 SESSION = "ses_01m7zeqh0c4n4tfb7qfxdscpwv.1795321427.wGgj4lOTKymsw1TB." + "f0" * 32
@@ -157,7 +156,7 @@ def test_what_a_request_logs_bears_its_id(
     def fault() -> None:
         raise RuntimeError("for a reason")
 
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with LocalClient(app, raise_server_exceptions=False) as client:
         for path in ("/log", "/fault"):
             client.get(path, headers={"X-Request-ID": f"id-of-{path[1:]}"})
     told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

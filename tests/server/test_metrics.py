@@ -18,7 +18,7 @@ from server.jobs import Jobs
 from server.metrics import Metrics
 from server.settings import Settings
 from server.states import State
-from tests.server.access import app_of, bearer, guarded
+from tests.server.access import LocalClient, app_of, bearer, guarded
 from tests.server.helpers import claimed, record, store, submission
 
 LEASE_S = 30.0
@@ -161,7 +161,7 @@ def test_requests_are_counted_by_template(client: TestClient) -> None:
 
 def test_metrics_need_a_token_where_others_do(client: TestClient, settings: Settings) -> None:
     assert client.get("/metrics").status_code == 401
-    with TestClient(create_app(settings)) as local:
+    with LocalClient(create_app(settings)) as local:
         assert local.get("/metrics").status_code == 200
 
 

@@ -14,7 +14,7 @@ from server.auth import Scope
 from server.limits import Buckets
 from server.middleware import Hosts
 from server.settings import Settings
-from tests.server.access import app_of, bearer, guarded, on_sqlite
+from tests.server.access import LocalClient, app_of, bearer, guarded, on_sqlite
 
 _MOST_BYTES = 10_000
 JSON = {"Content-Type": "application/json"}
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local(folder: Path) -> Iterator[TestClient]:
     """A client of a service for this machine alone."""
     app = create_app(on_sqlite(folder / "local", max_body_bytes=_MOST_BYTES))
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with LocalClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -72,7 +72,7 @@ def test_a_fault_of_the_service_is_a_problem_with_the_same_headers(folder: Path)
     def fault() -> None:
         raise RuntimeError("the secret reason")
 
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with LocalClient(app, raise_server_exceptions=False) as client:
         answer = client.get("/fault", headers={"X-Request-ID": "mine"})
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"
@@ -88,7 +88,7 @@ def test_a_route_may_set_a_header_of_its_own(folder: Path) -> None:
     def own() -> Response:
         return Response(headers={"Content-Security-Policy": "sandbox"})
 
-    with TestClient(app) as client:
+    with LocalClient(app) as client:
         answer = client.get("/own")
     assert answer.headers.get_list("content-security-policy") == ["sandbox"]
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -139,7 +139,7 @@ def test_the_operator_names_the_hosts(
     tmp_path: Path, fields: dict[str, object], host: str, expected: int
 ) -> None:
     names = middleware._hosts(on_sqlite(tmp_path, **fields))
-    client = TestClient(Hosts(Response("here"), names))
+    client = LocalClient(Hosts(Response("here"), names))
     assert client.get("/", headers={"Host": host}).status_code == expected
 
 
@@ -151,12 +151,12 @@ def test_the_operator_names_the_hosts(
         ({"Sec-Fetch-Site": "none"}, True),
         ({"Sec-Fetch-Site": "same-site"}, False),
         ({"Sec-Fetch-Site": "cross-site"}, False),
-        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://testserver"}, False),
-        ({"Origin": "http://testserver"}, True),
-        ({"Origin": "https://testserver"}, True),
-        ({"Origin": "http://testserver:81"}, False),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://127.0.0.1"}, False),
+        ({"Origin": "http://127.0.0.1"}, True),
+        ({"Origin": "https://127.0.0.1"}, True),
+        ({"Origin": "http://127.0.0.1:81"}, False),
         ({"Origin": "http://evil.example"}, False),
-        ({"Origin": "http://testserver.evil.example"}, False),
+        ({"Origin": "http://127.0.0.1.evil.example"}, False),
         ({"Origin": "null"}, False),
         ({"Origin": ""}, False),
     ],

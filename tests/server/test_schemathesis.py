@@ -32,7 +32,11 @@ class _Api:
 
     def __init__(self, folder: Any, is_guarded: bool) -> None:
         self.settings = Settings(
-            data_dir=folder, auth=is_guarded, requests_per_minute=10**6, max_asset_bytes=10**6
+            data_dir=folder,
+            auth=is_guarded,
+            requests_per_minute=10**6,
+            max_asset_bytes=10**6,
+            allowed_hosts=("testserver",),  # where schemathesis believes it to be
         )
         self.app = create_app(self.settings)
 

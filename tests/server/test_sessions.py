@@ -16,7 +16,7 @@ from server.errors import SettingsError
 from server.sessions import Sessions
 from server.settings import Settings
 from server.tokens import Tokens
-from tests.server.access import on_sqlite
+from tests.server.access import LocalClient, on_sqlite
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
@@ -48,7 +48,7 @@ def client(settings: Settings) -> Iterator[TestClient]:
     async def form(request: Request) -> list[str]:
         return sorted(await request.form())
 
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with LocalClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
