@@ -1,6 +1,7 @@
 """What a job needs only until it has ended."""
 
 import logging
+import time
 
 from server import model_weights
 from server.errors import NotFoundError
@@ -9,6 +10,7 @@ from server.outputs import discard_staged
 from server.settings import Settings
 from server.states import ENDED
 
+_DAY_S = 24 * 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -27,6 +29,13 @@ def sweep(settings: Settings, jobs: Jobs) -> None:
     for weights in settings.models_dir.glob(f"*{model_weights.SUFFIX}"):
         if _has_ended(jobs, weights.stem):
             clear(settings, weights.stem)
+    old = time.time() - settings.keep_logs_days * _DAY_S
+    for log in settings.logs_dir.glob("*.log"):
+        try:
+            if log.stat().st_mtime < old and _has_ended(jobs, log.stem.rpartition("-")[0]):
+                log.unlink()
+        except OSError as error:  # another worker on the same disk may have been faster
+            _log.info("%s cannot be removed: %s", log, error)
 
 
 def _has_ended(jobs: Jobs, job_id: str) -> bool:

@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     slots: int = Field(default=1, ge=1)
     """Jobs that one worker runs at a time."""
 
+    keep_logs_days: float = Field(default=30.0, ge=0)
+    """How long the output of ended jobs is kept; what succeeded has it as an artifact, too."""
+
     log_json: bool = False
 
     @property
