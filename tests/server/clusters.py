@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a test's own, that may be stopped and started."""
+"""A PostgreSQL server of the tests' own, that may be stopped and started."""
 
 import os
 import shutil
@@ -61,13 +61,13 @@ def running_cluster() -> Iterator[Cluster]:
     """Give a server that runs; skip where PostgreSQL's programs are not installed."""
     found = sorted(Path("/").glob(_PATTERN))
     if not found:
-        pytest.skip(f"no PostgreSQL of one's own: there is no /{_PATTERN}")
+        pytest.skip(f"NO POSTGRESQL of one's own: there is no /{_PATTERN}")
     folder = Path(tempfile.mkdtemp(prefix="accutune-pg-"))
     if os.geteuid() == 0:
         try:
             shutil.chown(folder, _OWNER)
         except LookupError:
-            pytest.skip(f"no PostgreSQL of one's own: root needs a user {_OWNER!r} to run it")
+            pytest.skip(f"NO POSTGRESQL of one's own: root needs a user {_OWNER!r} to run it")
     cluster = Cluster(found[-1].parent, folder)
     try:
         cluster.create()

@@ -24,6 +24,7 @@ from server.db.models import Base
 from server.jobs import Jobs
 from server.settings import Settings
 from tests.server.access import LocalClient
+from tests.server.clusters import running_cluster
 
 _VARIABLE = "ACCUTUNE_TEST_POSTGRES_URL"
 _HERE = "postgresql://postgres@127.0.0.1:5432/postgres"
@@ -32,16 +33,18 @@ NewUrl = Callable[[], str]
 
 
 @pytest.fixture(scope="session")
-def postgres() -> str:
-    """The URL of a PostgreSQL server, whose user may create databases."""
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server that lets databases be made; a temporary one if need be."""
     url = os.environ.get(_VARIABLE, _HERE)
     try:
         psycopg.connect(url, connect_timeout=3).close()
-    except psycopg.OperationalError as error:
+    except psycopg.OperationalError:
         if _VARIABLE in os.environ:
             raise
-        pytest.skip(f"no PostgreSQL at 127.0.0.1:5432, and {_VARIABLE} is not set: {error}")
-    return url
+        with running_cluster() as cluster:
+            yield cluster.url
+    else:
+        yield url
 
 
 class _Postgres:
