@@ -19,13 +19,14 @@ import torch
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from server import model_weights
+from server import logs, model_weights
 from server.catalog import Catalog
 from server.db import Database
 from server.db.models import JobRow
 from server.errand import Errand, ExitCode
 from server.errors import DatabaseError, LeaseLostError
 from server.jobs import Ending, Jobs
+from server.logs import bind
 from server.outputs import Outputs
 from server.patience import patiently
 from server.settings import Settings
@@ -45,7 +46,6 @@ T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
 _LEAST_TIMEOUT_S = 1e-3
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _MAY_PASS = (
     MemoryError,
     torch.OutOfMemoryError,
@@ -99,7 +99,8 @@ class Phases(Progress):
         """Write the trial into the log."""
         super().trial(record, best, baseline)
         outcome = record.error or f"accuracy {record.accuracy}"
-        _log.info("trial %d: %s, best %d", record.number, outcome, best.number)
+        with bind(trial=record.number):
+            _log.info("trial %d: %s, best %d", record.number, outcome, best.number)
 
     def phase(self, name: str, total: int | None = None) -> None:
         """Report a phase; a database that is away does not need to know."""
@@ -292,10 +293,10 @@ def main(arguments: Sequence[str]) -> ExitCode:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may inherit another
     _die_with(errand.worker_pid)
     faulthandler.enable()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    return Runner(Settings(), errand, stop).run()
+    settings = Settings()
+    logs.setup(settings.log_json)
+    with bind(job_id=errand.claim.job_id):
+        return Runner(settings, errand, stop).run()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from server.db import Database, is_current
 from server.errors import DatabaseError, SettingsError
 from server.heartbeat import Heartbeat
 from server.jobs import Jobs
+from server.logs import bind
 from server.patience import patiently
 from server.settings import Settings
 from server.supervisor import Supervisor
@@ -91,7 +92,7 @@ class Worker:
         claim, job = claimed
         _log.info("job %s: attempt %d", job.id, job.attempt)
         supervisor = Supervisor(self._settings, self._jobs, claim, job, self._gpu(slot))
-        thread = threading.Thread(target=self._supervise, args=(supervisor,), name=f"job {job.id}")
+        thread = threading.Thread(target=self._supervise, args=(supervisor, job.id))
         self._slots[slot] = supervisor, thread
         thread.start()
         return True
@@ -102,13 +103,14 @@ class Worker:
             leftovers.sweep(self._settings, self._jobs)
             self._sweep_at = time.monotonic() + _SWEEP_S
 
-    def _supervise(self, supervisor: Supervisor) -> None:
-        try:
-            supervisor.run()
-        except Exception:  # the worker's boundary: its other jobs go on, this one's lease runs out
-            _log.exception("a job is left alone")
-        finally:
-            self._wake.put(None)
+    def _supervise(self, supervisor: Supervisor, job_id: str) -> None:
+        with bind(job_id=job_id):
+            try:
+                supervisor.run()
+            except Exception:  # the worker's boundary: other jobs go on, this one's lease runs out
+                _log.exception("a job is left alone")
+            finally:
+                self._wake.put(None)
 
     def _free_slot(self) -> int | None:
         for slot in range(self._settings.slots):
@@ -151,8 +153,3 @@ def run(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)
     worker.run()
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    run(Settings())

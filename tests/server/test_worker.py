@@ -215,6 +215,19 @@ def test_cancel_ends_an_evaluation_in_the_middle(bench: Bench) -> None:
 _CANCELLING = {"state": "cancelling", "attempt": 1}
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_json_logs_name_the_job_and_the_trial(bench: Bench) -> None:
+    settings = bench.settings.model_copy(update={"log_json": True})
+    job_id = bench.submit(fields={"config": {"max_trials": 2}})
+    with working(settings):
+        bench.wait_for(job_id, *ENDED)
+    (log,) = settings.logs_dir.glob(f"{job_id}-*.log")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["job_id"] for line in lines} == {job_id}
+    trials = [line["trial"] for line in lines if "trial" in line]
+    assert trials == list(range(1, len(bench.records(job_id))))
+
+
 def test_a_worker_is_in_the_table_from_its_start_to_its_end(bench: Bench) -> None:
     def row(worker: Worker) -> WorkerRow | None:
         with bench.database.reading() as session:
