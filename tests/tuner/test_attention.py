@@ -1,5 +1,6 @@
 """Attention in blocks against torch's own functions, one after the other, to the bit."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,18 @@ def test_blocks_equal_torch_to_the_bit(shape: tuple[int, int, int, int], causal:
     with torch.no_grad():
         out = quantizers.attend(q, k, v, is_causal=causal)
         assert torch.equal(out, in_parts(rounded, q, k, v, causal))
-    assert sum(block[0] for block in quantizers.blocks) == shape[0] * shape[2]
+    assert sum(block[0] * block[1] for block in quantizers.blocks) == math.prod(shape[:3])
+
+
+@pytest.mark.parametrize("length", [64, 65, 128, 200, 512])
+def test_what_a_causal_mask_hides_is_not_computed(length: int) -> None:
+    quantizers = Quantizers()
+    q, k, v = operands(1, length, 2, 8)
+    with torch.no_grad():
+        out = quantizers.attend(q, k, v, is_causal=True)
+        assert torch.equal(out, in_parts(rounded, q, k, v, causal=True))
+    computed = sum(block.numel() for block in quantizers.blocks)
+    assert computed <= (length + 64) * (length + 64)  # of two heads: half of all, and the diagonal
 
 
 def test_there_are_several_blocks_and_a_rest() -> None:
