@@ -295,8 +295,9 @@ def test_extreme_ranges_stay_finite(amax: float, symmetric: bool) -> None:
     assert ((y - x).abs() <= 0.01 * amax + 2.0**-149).all()
 
 
+# beyond 2^126 the least value of the grid would be -inf: there the scale is cut, see above
 @given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20),
+    st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=20),
     st.sampled_from(["int2", "int4", "uint4", "int8", "uint8", "int16"]),
     st.booleans(),
 )
