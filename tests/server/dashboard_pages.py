@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Any
 
+from fastapi.testclient import TestClient
+
 from server.jobs import Jobs
 from server.states import Move, State
 from tests.server.helpers import claimed, record, store, submission, succeeded
@@ -158,3 +160,21 @@ _MAKERS: dict[State, Callable[[Jobs, str, dict[str, Any]], str]] = {
     State.FAILED: _failed,
     State.SUCCEEDED: _succeeded,
 }
+
+
+def page(client: TestClient, path: str, status: int = 200) -> Page:
+    """Load a page as a browser would, and check what must hold for all of them."""
+    answer = client.get(path, headers={"Accept": "text/html"}, follow_redirects=False)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    found = Page(answer.text)
+    for element in found.elements:
+        assert "style" not in element.attributes
+        assert not [name for name in element.attributes if name.startswith("on")]
+    assert found.all("style") == []
+    scripts = found.all("script")
+    assert scripts
+    assert all(s.attributes["src"].startswith("/static/") and not s.text.strip() for s in scripts)
+    ids = [e.attributes["id"] for e in found.elements if "id" in e.attributes]
+    assert len(ids) == len(set(ids))
+    return found

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -16,9 +15,8 @@ from server.errors import DatabaseError
 from server.jobs import Jobs
 from server.states import State
 from tests.server.access import bearer, guarded
-from tests.server.dashboard_pages import EVIL, Page, in_state
+from tests.server.dashboard_pages import EVIL, Page, in_state, page
 from tests.server.helpers import HEADER, claimed, record, store, submission, succeeded
-from tuner import AccuracyGoal, TuningConfig, quantization
 from tuner.report.page import SHADES
 from tuner.storage import StudyStore
 
@@ -33,24 +31,6 @@ ACTIONS = {
     State.SUCCEEDED: set(),
     State.FAILED: set(),
 }
-
-
-def page(client: TestClient, path: str, status: int = 200) -> Page:
-    """Load a page as a browser would, and check what must hold for all of them."""
-    answer = client.get(path, headers={"Accept": "text/html"}, follow_redirects=False)
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    found = Page(answer.text)
-    for element in found.elements:
-        assert "style" not in element.attributes
-        assert not [name for name in element.attributes if name.startswith("on")]
-    assert found.all("style") == []
-    scripts = found.all("script")
-    assert scripts
-    assert all(s.attributes["src"].startswith("/static/") and not s.text.strip() for s in scripts)
-    ids = [e.attributes["id"] for e in found.elements if "id" in e.attributes]
-    assert len(ids) == len(set(ids))
-    return found
 
 
 def test_what_pages_load_is_there(client: TestClient) -> None:
@@ -272,43 +252,6 @@ def test_workers_and_queue(client: TestClient, jobs: Jobs, database_url: str) ->
     assert "waiting 1" in found.words
     assert "ann 1 0 0" in found.words
     assert "local 0 0 1" in found.words
-
-
-def test_studies_of_the_library(client: TestClient, jobs: Jobs, database_url: str) -> None:
-    succeeded(jobs, database_url)
-    assert "No library runs yet" in page(client, "/studies").words
-    name = f"a/b ? {EVIL}"
-    study = StudyStore.open(database_url, name, HEADER)
-    for number in range(3):
-        study.add(number, record(number))
-    study.close()
-    listed = page(client, "/studies")
-    (link,) = [e for e in listed.all("a") if e.text == name]
-    found = page(client, link.attributes["href"])
-    assert name in found.words
-    assert not found.all("line", **{"class": "goal"})  # nobody kept it
-    assert "kept no goal" in found.words
-    (trial,) = [e for e in found.all("a") if e.attributes.get("id") == "t2"]
-    assert "Trial 2" in page(client, trial.attributes["href"]).words
-    page(client, f"{link.attributes['href']}?cost=size")
-
-
-def test_a_run_of_the_library_shows_its_goal(client: TestClient, database_url: str) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 2))
-    goal = AccuracyGoal(at_most=0.5)
-    data, config = [torch.ones(2, 4)], TuningConfig(goal=goal, max_trials=1)
-    quantization.fit(
-        model, data, lambda _: 0.25, config, storage=database_url, study_name="s", progress=False
-    )
-    found = page(client, "/studies/s")
-    assert "Goal accuracy ≤ 0.5" in found.words
-    assert found.all("line", **{"class": "goal"})
-    assert "kept no goal" not in found.words
-
-
-def test_a_job_is_no_study(client: TestClient, jobs: Jobs, database_url: str) -> None:
-    job_id = succeeded(jobs, database_url)
-    page(client, f"/studies/{jobs.get(job_id).study_name}", 404)
 
 
 def test_the_report_is_shown_in_a_sandbox(

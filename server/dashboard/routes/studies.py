@@ -67,8 +67,9 @@ def show_study(
     source = search.source()
     plot = scatter(source) if source is not None else None
     history = charts.history(search)
-    if plot is not None and history is not None and not knows_goal:
+    if plot is not None and not knows_goal:
         plot = replace(plot, goal_y=None)
+    if history is not None and not knows_goal:
         history = replace(history, panels=tuple(replace(p, level=None) for p in history.panels))
     baseline = search.baseline.accuracy if search.baseline is not None else None
     return render(
