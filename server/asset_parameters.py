@@ -27,6 +27,14 @@ def check(assets: Assets, schema: Mapping[str, Any], params: Mapping[str, Any], 
         raise InvalidError(f"{errors[0]['pointer']}: {errors[0]['detail']}", errors=errors)
 
 
+def upload_kind(schema: Mapping[str, Any]) -> str | None:
+    """Return the kind of the uploads that values of a schema name, None where they name none."""
+    if schema.get("format") != FORMAT:
+        return None
+    kind: str = schema.get("contentMediaType", "").rpartition("/")[2]
+    return kind
+
+
 def _reason(assets: Assets, asset_id: str, kind: str, owner: str) -> str | None:
     """Return what is wrong with an upload, None where it can be used."""
     try:
@@ -44,8 +52,9 @@ def _named(
     """Yield the pointer, the digest and the kind of all uploads that a value names."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
-    if schema.get("format") == FORMAT and isinstance(value, str):
-        yield pointer, value, schema.get("contentMediaType", "").rpartition("/")[2]
+    kind = upload_kind(schema)
+    if kind is not None and isinstance(value, str):
+        yield pointer, value, kind
     for name in _ALTERNATIVES:
         for alternative in schema.get(name, ()):
             yield from _named(alternative, value, pointer, root)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from server import strict_json
-from tuner.recipes.assets import FORMAT as UPLOAD
+from server.asset_parameters import upload_kind
 
 Kind = Literal["integer", "number", "boolean", "choice", "text", "json"]
 
@@ -78,7 +78,7 @@ def fields_of(
                 minimum=_bound(rule, "minimum", "exclusiveMinimum", +1),
                 maximum=_bound(rule, "maximum", "exclusiveMaximum", -1),
                 error=errors.get(name),
-                upload=_upload(rule),
+                upload=upload_kind(rule) or "",
             )
         )
     return tuple(found)
@@ -169,12 +169,6 @@ def _choices(rule: Mapping[str, Any], is_required: bool) -> tuple[Choice, ...]:
     shown = [_shown(value, "choice") for value in _values(rule)]
     empty = [Choice("", "–")] if _is_nullable(rule) and not is_required else []
     return (*empty, *(Choice(text, text) for text in shown))
-
-
-def _upload(rule: Mapping[str, Any]) -> str:
-    return (
-        rule.get("contentMediaType", "").rpartition("/")[2] if rule.get("format") == UPLOAD else ""
-    )
 
 
 def _is_nullable(rule: Mapping[str, Any]) -> bool:

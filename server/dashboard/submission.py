@@ -18,7 +18,7 @@ from strategies import STRATEGIES
 from tuner.config import PRESETS, TuningConfig
 from tuner.criteria import AccuracyGoal
 from tuner.recipes import Recipe
-from tuner.report import text
+from tuner.report.text import size
 
 PARAMS = "params."
 _GOALS = {
@@ -88,7 +88,7 @@ def _naming(field: Field, uploads: Sequence[Asset]) -> Field:
     fitting = [asset for asset in uploads if asset.kind == field.upload]
     if not fitting:
         return replace(field, help=f"{field.help} Send it first: tuner upload FILE".strip())
-    known = [Choice(asset.id, f"{asset.name} · {text.size(asset.size_bytes)}") for asset in fitting]
+    known = [Choice(asset.id, f"{asset.name} · {size(asset.size_bytes)}") for asset in fitting]
     if field.value not in ("", *(choice.value for choice in known)):
         known.append(Choice(field.value, f"{field.value[:12]}…"))
     return replace(field, kind="choice", choices=(Choice("", "choose an upload"), *known))

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -275,10 +276,7 @@ def _claimed(jobs: Jobs) -> Claim:
 def _trials(server: Server, claim: Claim, numbers: Sequence[int]) -> Iterator[int]:
     """Store trials as a worker does, and yield each number after its commit."""
     jobs = server.jobs
-    storage = Storage(
-        server.database.url,
-        lambda session, number, data: jobs.store_trial(claim, session, number, data),
-    )
+    storage = Storage(server.database.url, partial(jobs.store_trial, claim))
     study = StudyStore.open(storage, jobs.get(claim.job_id).study_name, _HEADER)
     try:
         for number in numbers:

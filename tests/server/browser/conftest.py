@@ -5,7 +5,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from server.app import create_app
 from server.settings import Settings
-from server.worker import Worker
+from tests.server.runs import working
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _PATIENCE_MS = 90_000  # a busy machine trains and tunes slowly
@@ -77,23 +76,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
-@contextmanager
-def _working(settings: Settings) -> Iterator[None]:
-    worker = Worker(settings)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
-        yield
-    finally:
-        worker.stop()
-        worker.stop()
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def worker(server: Server) -> Iterator[None]:
     """A worker that takes the service's jobs."""
-    with _working(server.settings):
+    with working(server.settings):
         yield
 
 
