@@ -34,8 +34,11 @@ typedef struct {
     float all_low, all_high;      /* then these hold for all values */
 } params_t;
 
-enum { STRIP = 64, MX_STRIP = 32 }; /* short runs, or blocks, that a thread takes at a time */
+enum { STRIP = 64 };                /* short runs that a thread takes at a time */
 enum { CACHED = 256 };              /* values that stay in the cache over all entries */
+enum { LINE = 64 };                 /* bytes that come into the cache together */
+enum { NEAR = 128, AHEAD = 512 };   /* values masked at a time, and fetched before their turn */
+enum { BLOCKS_AHEAD = 32 };         /* the same for blocks */
 enum { GATHERED = 4096 };           /* values of short rows that are put together first */
 
 /* The comparisons are written so that NaN fails them and stays. */
@@ -109,14 +112,14 @@ typedef struct {
     float largest;
 } mx_t;
 
-static inline float mx_scale(uint32_t amax, const mx_t *mx) {
+ALWAYS_INLINE float mx_scale(uint32_t amax, const mx_t *mx, int rounding) {
     const int finite = amax < 0x7f800000u;
-    if (mx->rounding == EVEN) amax += 1u << (22 - mx->mantissa);
-    if (mx->rounding == RCEIL) amax = bits_of(float_of(amax) / mx->largest);
+    if (rounding == EVEN) amax += 1u << (22 - mx->mantissa);
+    if (rounding == RCEIL) amax = bits_of(float_of(amax) / mx->largest);
     int32_t exponent = (int32_t)(amax >> 23) - 127;
     const int is_above = amax < 0x00800000u ? amax > 0x00400000u : (amax & 0x7fffffu) != 0;
-    if (mx->rounding == CEIL || mx->rounding == RCEIL) exponent += is_above;
-    if (mx->rounding != RCEIL) exponent -= mx->emax;
+    if (rounding == CEIL || rounding == RCEIL) exponent += is_above;
+    if (rounding != RCEIL) exponent -= mx->emax;
     exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
     const uint32_t bits = exponent == -127 ? 0x00400000u : (uint32_t)(exponent + 127) << 23;
     return finite ? float_of(bits) : NAN;
@@ -191,8 +194,9 @@ ALWAYS_INLINE uint32_t amax_of_##SUFFIX(const T *x, int64_t n) {                
     LOOP(const uint32_t u = bits_of(LOAD(x[i])) & 0x7fffffffu; amax = u > amax ? u : amax;)        \
     return amax;                                                                                   \
 }                                                                                                  \
-ALWAYS_INLINE void snap_block_##SUFFIX(const T *restrict x, T *restrict y, int64_t n, float s,     \
-                                       const codec_t *plain) {                                     \
+ALWAYS_INLINE void snap_block_##SUFFIX(const T *restrict x, T *restrict y, int64_t n,              \
+                                       const mx_t *mx, int rounding, const codec_t *plain) {       \
+    const float s = mx_scale(amax_of_##SUFFIX(x, n), mx, rounding);                                \
     const float inverse = 1.0f / s; /* exact: both are powers of two */                            \
     if (plain->kind == INTEGER) { /* MXINT8 counts in 1/64 */                                      \
         LOOP(y[i] = STORE(to_integer(LOAD(x[i]) * inverse * 64.0f, -127.0f, 127.0f)                \
@@ -201,9 +205,9 @@ ALWAYS_INLINE void snap_block_##SUFFIX(const T *restrict x, T *restrict y, int64
         LOOP(y[i] = STORE(to_float_by_sum(LOAD(x[i]) * inverse, plain) * s);)                      \
     }                                                                                              \
 }                                                                                                  \
-/* While a strip of blocks is computed, bring a block of the next one into the cache. */           \
+/* Bring memory into the cache that is needed soon: it need not exist. */                          \
 ALWAYS_INLINE void prefetch_##SUFFIX(const T *x, const T *y, int64_t n) {                          \
-    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) { PREFETCH(x + i, 0) PREFETCH(y + i, 1) }      \
+    for (int64_t i = 0; i < n; i += LINE / sizeof(T)) { PREFETCH(x + i, 0) PREFETCH(y + i, 1) }      \
 }                                                                                                  \
 void snap_tensor_##SUFFIX(const T *x, T *y, int64_t n, float scale, float low, float high,         \
                           const codec_t *c) {                                                      \
@@ -241,9 +245,17 @@ void snap_rows_##SUFFIX(const T *x, T *y, const rows_t *r, float scale, float lo
         snap_one_##SUFFIX(source, y + first * length, rows * length, &p, 0, c);                    \
     }                                                                                              \
 }                                                                                                  \
+ALWAYS_INLINE void mask_ahead_##SUFFIX(const T *x, const T *g, T *y, int64_t n, const params_t *p) { \
+    for (int64_t from = 0; from < n; from += NEAR) {                                               \
+        const int64_t count = n - from < NEAR ? n - from : NEAR;                                   \
+        prefetch_##SUFFIX(x + from + AHEAD, y + from + AHEAD, count);                              \
+        for (int64_t i = 0; i < count; i += LINE / sizeof(T)) PREFETCH(g + from + AHEAD + i, 0)    \
+        mask_one_##SUFFIX(x + from, g + from, y + from, count, p, 0);                              \
+    }                                                                                              \
+}                                                                                                  \
 void mask_tensor_##SUFFIX(const T *x, const T *g, T *y, int64_t n, float low, float high) {        \
     const params_t p = {0, 0, 0, 0, low, high};                                                    \
-    SPLIT(mask_one_##SUFFIX(x + from, g + from, y + from, count, &p, 0))                           \
+    SPLIT(mask_ahead_##SUFFIX(x + from, g + from, y + from, count, &p))                            \
 }                                                                                                  \
 void mask_layout_##SUFFIX(const T *x, const T *g, T *y, const layout_t *l, const params_t *p) {    \
     WALK(mask_one_##SUFFIX(x + from, g + from, y + from, count, p, at),                            \
@@ -262,31 +274,26 @@ void amax_blocks_##SUFFIX(const T *x, float *y, int64_t rows, int64_t n, int64_t
         }                                                                                          \
     }                                                                                              \
 }                                                                                                  \
+ALWAYS_INLINE void snap_blocks_##SUFFIX(const T *x, T *y, int64_t n, int64_t size, const mx_t *mx,  \
+                                        int rounding, const codec_t *plain) {                      \
+    int64_t from = 0;                                                                              \
+    for (; from + size <= n; from += size) {                                                       \
+        const int64_t ahead = from + BLOCKS_AHEAD * size;                                          \
+        prefetch_##SUFFIX(x + ahead, y + ahead, size);                                             \
+        snap_block_##SUFFIX(x + from, y + from, size, mx, rounding, plain);                        \
+    }                                                                                              \
+    if (from < n) snap_block_##SUFFIX(x + from, y + from, n - from, mx, rounding, plain);          \
+}                                                                                                  \
 void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,                   \
                       const codec_t *c) {                                                          \
-    const int64_t size = mx->size, blocks = (n + size - 1) / size, total = rows * blocks;          \
-    const codec_t plain = plain_of(c);                                                             \
     PARALLEL_FOR(rows * n)                                                                         \
-    for (int64_t strip = 0; strip < total; strip += MX_STRIP) {                                    \
-        const int64_t count = strip + MX_STRIP < total ? MX_STRIP : total - strip;                 \
-        int64_t from[MX_STRIP], length[MX_STRIP], row = strip / blocks, column = strip % blocks;   \
-        uint32_t amax[MX_STRIP];                                                                   \
-        float scale[MX_STRIP];                                                                     \
-        for (int64_t b = 0; b < count; b++) {                                                      \
-            const int64_t rest = n - column * size;                                                \
-            from[b] = row * n + column * size;                                                     \
-            length[b] = rest < size ? rest : size;                                                 \
-            if (++column == blocks) { column = 0; row++; }                                         \
-            amax[b] = length[b] == 32 ? amax_of_##SUFFIX(x + from[b], 32)                          \
-                                      : amax_of_##SUFFIX(x + from[b], length[b]);                  \
-        }                                                                                          \
-        for (int64_t b = 0; b < count; b++) scale[b] = mx_scale(amax[b], mx);                      \
-        for (int64_t b = 0; b < count; b++) {                                                      \
-            const T *source = x + from[b];                                                         \
-            prefetch_##SUFFIX(source + MX_STRIP * size, y + from[b] + MX_STRIP * size, size);      \
-            if (length[b] == 32) snap_block_##SUFFIX(source, y + from[b], 32, scale[b], &plain);   \
-            else snap_block_##SUFFIX(source, y + from[b], length[b], scale[b], &plain);            \
-        }                                                                                          \
+    for (int64_t row = 0; row < rows; row++) {                                                     \
+        const T *from = x + row * n;                                                               \
+        const codec_t plain = plain_of(c);                                                         \
+        /* what is mostly asked for, as constants: much falls away */                              \
+        if (mx->rounding == FLOOR && mx->size == 32)                                               \
+            snap_blocks_##SUFFIX(from, y + row * n, n, 32, mx, FLOOR, &plain);                     \
+        else snap_blocks_##SUFFIX(from, y + row * n, n, mx->size, mx, mx->rounding, &plain);       \
     }                                                                                              \
 }
 
