@@ -1,11 +1,12 @@
 """How one tensor is quantized (TensorScheme) and how one op is (OpConfig)."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tuner import formats
 from tuner.granularity import Granularity, PerBlock, PerTensor, PerToken
+from tuner.repairs import Repair, in_order
 
 CalibrationMethod = Literal[
     "minmax",
@@ -138,7 +139,11 @@ class TensorScheme(BaseModel):
 
 
 class OpConfig(BaseModel):
-    """The schemes of one op: weight, inputs (one for all, or one each), output and bias."""
+    """The schemes of one op: weight, inputs (one for all, or one each), output and bias.
+
+    `recovery` names the repairs of the op (see `tuner.repairs`), as `"gptq"` or
+    `{"name": "smoothquant", "alpha": 0.5}`; they are kept in the order in which they are applied.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -146,7 +151,12 @@ class OpConfig(BaseModel):
     inputs: TensorScheme | tuple[TensorScheme | None, ...] | None = None
     output: TensorScheme | None = None
     bias: TensorScheme | None = None
-    recovery: tuple[str | dict[str, Any], ...] = ()
+    recovery: tuple[str | Repair, ...] = ()
+
+    @field_validator("recovery")
+    @classmethod
+    def _known_repairs(cls, given: tuple[str | Repair, ...]) -> tuple[str | Repair, ...]:
+        return in_order(given)
 
     @classmethod
     def float(cls) -> "OpConfig":

@@ -8,32 +8,25 @@ approximation of the KL divergence from the float model. Because Δ is a sum, th
 of schemes, not with the number of options, and the model itself runs forward and backward once.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tuner.batches import Feeder, batch_size
+from tuner.batches import Feeder
 from tuner.biases import counts_products
-from tuner.capture import Capture, CapturedCall, surrogate_loss
+from tuner.capture import CapturedCall
+from tuner.gradients import GradientPass, head_of, output_errors
 from tuner.granularity import PerTensor
 from tuner.model import InstrumentedModel
 from tuner.operands import OUTPUT, Static, operand_shape
 from tuner.ops import Op
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.slices import axis_length
-from tuner.tensors import map_tensors
-
-_log = logging.getLogger(__name__)
 
 SAMPLES = 64
-_SLICE = 32
 WEIGHT = -2
 """The component index of an op's weight; operands are ≥ 0, the output is OUTPUT."""
 BIAS = -3
@@ -82,14 +75,11 @@ class SensitivityAnalysis:
         seed: int,
     ) -> None:
         self._model = model
-        self._feeder = feeder
+        self._passes = GradientPass(model, feeder, seed)
         self._components = {name: tuple(c) for name, c in components.items() if c}
         self._sliced = {n: s for n, c in components.items() if (s := _sliced(c))}
         self._grams = {n: torch.zeros(len(c), len(c)) for n, c in self._components.items()}
-        self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
-        sizes = (m.num_embeddings for m in model.model.modules() if isinstance(m, nn.Embedding))
-        self._vocabularies = frozenset(sizes)
 
     def run(
         self, batches: Sequence[Any], late: Sequence[Any], advance: Callable[[], None]
@@ -108,16 +98,9 @@ class SensitivityAnalysis:
 
     def _measure(self, batch: Any, samples: int, advance: Callable[[], None]) -> None:
         """Add slices of a batch until so many samples are in; the whole of it if it has no rows."""
-        for part, size in _slices(batch):
-            if samples <= 0:
-                return
-            calls = self._tried(part, gradients=True)
-            if calls is None or not self._fit(calls):  # no parts of batches, or no gradients
-                calls = self._tried(batch, gradients=True) or self._captured(batch, False)
-                size = samples = batch_size(batch)
+        for calls, size in self._passes.parts(batch, samples, self._components, self._fit):
             self._add(calls, advance)
             self._samples += size
-            samples -= size
 
     def _fit(self, calls: Mapping[str, Sequence[CapturedCall]]) -> bool:
         """Return whether scales along an axis fit: where it holds samples, a part has too few."""
@@ -132,40 +115,6 @@ class SensitivityAnalysis:
                         return False
         return True
 
-    def _tried(self, batch: Any, gradients: bool) -> dict[str, list[CapturedCall]] | None:
-        try:
-            return self._captured(batch, gradients)
-        except Exception as error:  # the user's model may raise anything on a slice
-            _log.debug("the model refused a part of a calibration batch: %s", error)
-            return None
-
-    def _captured(self, batch: Any, gradients: bool) -> dict[str, list[CapturedCall]]:
-        """Run the model forward and backward on a batch; gradients stay None where impossible."""
-        model = self._model.model
-        capture = Capture(self._components)
-        needed = {name: p.requires_grad for name, p in model.named_parameters()}
-        try:
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            with torch.set_grad_enabled(gradients), self._model.watching(capture), _quiet():
-                output = self._feeder(model, batch)
-                loss = surrogate_loss(output, batch, self._vocabularies, self._generator)
-                if loss is not None:
-                    self._backward(loss)
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(needed[name])
-        return capture.calls
-
-    def _backward(self, loss: Tensor) -> None:
-        try:
-            loss.backward()
-        except RuntimeError as error:
-            _log.warning(
-                "no gradients can be had (%s): predicted damage falls back to output errors",
-                str(error).splitlines()[0],
-            )
-
     @torch.no_grad()
     def _add(self, calls: dict[str, list[CapturedCall]], advance: Callable[[], None]) -> None:
         for name in list(calls):
@@ -175,17 +124,10 @@ class SensitivityAnalysis:
 
     def _gram(self, op: Op, captured: CapturedCall) -> Tensor:
         components = self._components[op.name]
-        reference = _head(captured.replay(lambda i, x: x)).float()
-        if captured.gradient is None:  # the output error, relative to the output
-            weight = reference.square().sum().div(max(reference.shape[0], 1)).rsqrt()
-        else:
-            weight = captured.gradient.float()
-        rows = []
-        for component in components:
-            perturbed = _head(self._perturbed(op, captured, component)).float()
-            rows.append((perturbed - reference).mul_(weight).flatten())
-        stacked = torch.nan_to_num(torch.stack(rows))
-        return (stacked @ stacked.T).cpu()
+        reference = head_of(captured.replay(lambda i, x: x)).float()
+        perturbed = [head_of(self._perturbed(op, captured, c)).float() for c in components]
+        errors = output_errors(reference, captured.gradient, perturbed)
+        return (errors @ errors.T).cpu()
 
     def _perturbed(self, op: Op, captured: CapturedCall, component: Component) -> Any:
         index, scheme = component
@@ -195,7 +137,7 @@ class SensitivityAnalysis:
             return self._with_bias(op, captured, scheme)
         quantizer = self._model.quantizer(op, index, scheme)
         if index == OUTPUT:
-            return quantizer(_head(captured.replay(lambda i, x: x)))
+            return quantizer(head_of(captured.replay(lambda i, x: x)))
         return captured.replay(lambda i, x: quantizer(x) if i == index else x)
 
     def _with_weight(self, op: Op, captured: CapturedCall, scheme: TensorScheme) -> Any:
@@ -236,35 +178,4 @@ def _shapes(captured: CapturedCall) -> dict[int, tuple[int, ...]]:
         shapes[index] = tuple(x.shape)
         return x
 
-    return shapes | {OUTPUT: tuple(_head(captured.replay(look)).shape)}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what torch says of models that look at their values, which they may."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
-        yield
-
-
-def _head(output: Any) -> Tensor:
-    head = output if isinstance(output, Tensor) else output[0]
-    head = head if isinstance(head, Tensor) else head.data  # a PackedSequence
-    assert isinstance(head, Tensor)
-    return head
-
-
-def _slices(batch: Any) -> Iterator[tuple[Any, int]]:
-    """Yield (part, samples): runs of the rows of every tensor that has one row a sample."""
-    size = batch_size(batch)
-    if size <= _SLICE:
-        yield batch, size
-        return
-    for start in range(0, size, _SLICE):
-        rows = slice(start, min(start + _SLICE, size))
-        part = map_tensors(partial(_rows, size=size, rows=rows), batch)
-        yield part, rows.stop - rows.start
-
-
-def _rows(tensor: Tensor, size: int, rows: slice) -> Tensor:
-    return tensor[rows] if tensor.dim() and tensor.shape[0] == size else tensor
+    return shapes | {OUTPUT: tuple(head_of(captured.replay(look)).shape)}
