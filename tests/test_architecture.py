@@ -36,7 +36,7 @@ ORDER = (
     ("qparams", "quantizer", "weights", "packed_tensor", "biases"),
     ("sites", "graph", "capture", "model", "observe", "data_pass", "gradients"),
     ("presets", "sensitivity", "costs", "recovery"),
-    ("op_rules", "search_space"),
+    ("op_rules", "search_space", "rescaling"),
     ("storage_errors",),
     ("report", "exporters", "results", "progress", "storage"),
     ("op_table", "saving", "quantized_model", "preparation", "simulate"),

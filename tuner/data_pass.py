@@ -10,7 +10,7 @@ from tuner.batches import Feeder, Forward, batch_size, read_batches
 from tuner.errors import DataError, TunerError
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
-from tuner.observe import CalibratedRanges, Observer
+from tuner.observe import CalibratedRanges, Observer, Watcher
 from tuner.operands import Operands, check_operands
 from tuner.ops import Op
 from tuner.tensors import tensors_in
@@ -55,13 +55,18 @@ class DataPass:
         return self.graph
 
     def calibrate(
-        self, wanted: Wanted, advance: Callable[[], object] = lambda: None
+        self,
+        wanted: Wanted,
+        advance: Callable[[], object] = lambda: None,
+        watchers: Mapping[str, Watcher] | None = None,
     ) -> CalibratedRanges:
         """Return the ranges of what is wanted of each op; `advance` is called after each batch.
 
+        `watchers` see the first operand of the ops that they are for.
+
         Raises SchemeError, before the data are read on, for a range that cannot be had.
         """
-        observer = Observer(self._checked(wanted))
+        observer = Observer(self._checked(wanted), watchers)
         for index, batch in self._all_batches():
             if self._observe(observer, index, batch):
                 self._extend(observer, index, batch, wanted)

@@ -3,8 +3,8 @@
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,26 +27,38 @@ Slices = dict[tuple[str, int, Granularity], SlicedStatistics]
 _Methods = dict[Granularity, set[str]]
 
 
+class Watcher(Protocol):
+    """Keeps something of a tensor over all batches."""
+
+    def update(self, x: Tensor) -> None:
+        """Add one batch."""
+
+
 class Observer:
     """A tap that keeps statistics of the wanted operands of every op.
 
     What is kept of an operand follows from its schemes: statistics of the whole where one is per
     tensor, of the slices where one has scales along an axis. A tensor that feeds several ops one
-    after the other (query, key, value) is summarized once.
+    after the other (query, key, value) is summarized once. `watchers` see the first operand of
+    the ops that they are for.
     """
 
-    def __init__(self, wanted: Operands) -> None:
+    def __init__(self, wanted: Operands, watchers: Mapping[str, Watcher] | None = None) -> None:
         self.statistics: dict[tuple[str, int], TensorStatistics] = {}
         self.slices: Slices = {}
         self._wanted = _methods_of(wanted)
+        self._watchers = dict(watchers or {})
         self._recent: list[tuple[Tensor, int, TensorSummary]] = []
 
     def run(self, site: Site, call: Call) -> Any:
         """Compute the call and look at its operands and output."""
         site.calls += 1
         wanted = self._wanted.get(site.name, {})
+        watcher = self._watchers.get(site.name)
 
         def look(index: int, x: Tensor) -> Tensor:
+            if index == 0 and watcher is not None:
+                watcher.update(x)
             if index in wanted:
                 self._update(site.name, index, x, wanted[index])
             return x
@@ -127,6 +139,10 @@ class CalibratedRanges:
             else:
                 self._known[key] = self._searched(statistics, scheme)
         return self._known[key]
+
+    def replace(self, op: str, operand: int, statistics: TensorStatistics) -> None:
+        """Take other statistics of an operand, per tensor: it was scaled."""
+        self._statistics[op, operand] = statistics
 
     def _searched(self, statistics: TensorStatistics, scheme: TensorScheme) -> QParams:
         """Search a range once for all operands that saw the same values (query, key, value)."""

@@ -8,6 +8,7 @@ from tuner.config import Rule
 from tuner.errors import SchemeError, SpaceError, UnknownNameError, UnsupportedError
 from tuner.kernels import parameter_shape
 from tuner.ops import Op
+from tuner.repairs import name_of
 from tuner.schemes import OpConfig, TensorScheme
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,15 +42,18 @@ def _matches(op: Op, rule: Rule) -> bool:
     return by_type and by_name and named
 
 
-def fitted(op: Op, config: OpConfig, shapes: Shapes) -> OpConfig:
+def fitted(op: Op, config: OpConfig, shapes: Shapes, repairs: tuple[str, ...] = ()) -> OpConfig:
     """Return a configuration as it applies to one op: a scheme for each tensor that it has.
 
-    `shapes` are those of the model's parameters. Raises SpaceError where the op has fewer operands,
-    or cannot have that bias, SchemeError where a weight lacks the scheme's axis.
+    `shapes` are those of the model's parameters, `repairs` those that can be done. Raises
+    SpaceError where the op has fewer operands, or cannot have that bias, SchemeError where a weight
+    lacks the scheme's axis.
     """
-    if config.recovery:
+    unsupported = [name for name in map(name_of, config.recovery) if name not in repairs]
+    if unsupported:
         raise UnsupportedError(
-            f"{op.name}: OpConfig(recovery=…) is not supported by this version: leave it out"
+            f"{op.name}: recovery {unsupported[0]!r} is not supported here: "
+            f"{f'choose from {list(repairs)}' if repairs else 'leave it out'}"
         )
     count = op.operand_count
     if isinstance(config.inputs, tuple) and len(config.inputs) > count:
@@ -63,6 +67,7 @@ def fitted(op: Op, config: OpConfig, shapes: Shapes) -> OpConfig:
         inputs=inputs if any(inputs) else None,
         output=config.output,
         bias=config.bias,
+        recovery=config.recovery,
     )
     if (problem := bias_problem(op, found, shapes)) is not None:
         raise SpaceError(problem)

@@ -13,12 +13,14 @@ from tuner.costs import CostModel, Costs
 from tuner.data_pass import DataPass
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
-from tuner.observe import CalibratedRanges
+from tuner.observe import CalibratedRanges, Watcher
 from tuner.operands import Operands, check_operands, static_operands
 from tuner.ops import Op
 from tuner.presets import Candidate
 from tuner.progress import Progress
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
+from tuner.recovery.scaling import Scaling
+from tuner.rescaling import Candidates, Rescaling, with_scalings
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.search_space import (
     FLOAT,
@@ -30,12 +32,11 @@ from tuner.search_space import (
 )
 from tuner.sensitivity import BIAS, SAMPLES, WEIGHT, SensitivityAnalysis
 
-Candidates = dict[str, list[Candidate]]
 Options = dict[str, dict[str, dict[str, Any]]]
 """Op → label → {"config", "damage"}."""
 
 Payload = dict[str, Any]
-"""What a resumed study must not compute anew: {"options": Options, "ranges": of activations}."""
+"""What a resumed study must not compute anew: options, ranges of activations, scalings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,7 @@ class Prepared:
     space: TuningSpace
     damages: Mapping[str, Mapping[OpConfig, float]]
     payload: Payload
+    scalings: tuple[Scaling, ...] = ()
 
 
 class Preparation:
@@ -83,14 +85,24 @@ class Preparation:
         """Fold, calibrate and predict damage; a stored payload takes the place of prediction."""
         pairs = tuple(find_pairs(self.model.model, self._data.graph))
         self.model.weights.replace_originals(fold(self.model.model, pairs))
-        ranges = self._calibrate(progress)
+        rescaling = Rescaling(self.model, self._data, self._config)
+        rescaling.find(pairs, self._candidates, self._wanted(self._data.graph.ops))
+        ranges = self._calibrate(progress, rescaling.watchers)
         graph = self._data.graph
         self.model.install(graph.ops, ranges)
         if payload:
+            scalings = rescaling.adopt(payload.get("scalings", ()))
             ranges.adopt(payload["ranges"])
         else:
+            progress.phase("rescaling channels", None)
+            scalings = rescaling.run(ranges, self._candidates)
+            self._candidates = with_scalings(self._candidates, scalings)
             stored = self._predict(progress)
-            payload = {"options": stored, "ranges": ranges.entries(self._statics(stored))}
+            payload = {
+                "options": stored,
+                "ranges": ranges.entries(self._statics(stored)),
+                "scalings": [scaling.to_dict() for scaling in scalings],
+            }
         options = payload["options"]
         candidates = _candidates_from(options)
         damages = {
@@ -100,7 +112,7 @@ class Preparation:
         needless = folded_names(self.model.model, pairs)
         costs = CostModel(self.model.model, graph, needless)
         space = build_space(graph.ops, candidates, damages, costs, self._config.objective)
-        return Prepared(self.model, graph, pairs, costs, space, damages, payload)
+        return Prepared(self.model, graph, pairs, costs, space, damages, payload, scalings)
 
     def signature(self) -> str:
         """Describe the options of every op, whatever their damage: what a resumed study shares."""
@@ -118,9 +130,9 @@ class Preparation:
             shapes.setdefault(bias_name(pair.layer), graph.ops[pair.layer].output_shape[1:2])
         return candidates_of(ops, self._config.search_space, shapes)
 
-    def _calibrate(self, progress: Progress) -> CalibratedRanges:
+    def _calibrate(self, progress: Progress, watchers: Mapping[str, Watcher]) -> CalibratedRanges:
         progress.phase("calibrating", None)
-        ranges = self._data.calibrate(self._wanted, progress.advance)
+        ranges = self._data.calibrate(self._wanted, progress.advance, watchers)
         self._candidates = self._candidates_of(self._data.graph.ops)
         return ranges
 

@@ -238,7 +238,9 @@ def _finished(prepared: Prepared, result: TuningResult) -> QuantizedModel:
     prepared.model.apply(result.best.plan)
     prepared.model.weights.forget_cache()
     prepared.model.model.eval()
-    return QuantizedModel(Parts(prepared.model, result.best.plan, prepared.folded, result))
+    return QuantizedModel(
+        Parts(prepared.model, result.best.plan, prepared.folded, result, prepared.scalings)
+    )
 
 
 def _warn_if_nothing_quantized(result: TuningResult) -> None:

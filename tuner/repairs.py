@@ -19,6 +19,9 @@ ROUNDINGS = (GPTQ, ADAROUND)
 
 TRAININGS = (QAT, LSQ)
 
+PROPOSED = SCALINGS
+"""What a preset's options may get by themselves."""
+
 REPAIRS = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, *TRAININGS)
 """All repairs, in the order in which they are applied."""
 

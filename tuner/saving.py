@@ -27,6 +27,7 @@ from tuner.packed_tensor import (
 from tuner.plan import Plan
 from tuner.ranges import QParams
 from tuner.recovery.folding import FoldedPair, folded_names, prepare
+from tuner.recovery.scaling import Scaling, prepare_caps
 from tuner.results import TuningResult
 from tuner.saved_files import as_json, checked, checksums, read_json, write_files
 from tuner.saved_formats import check_formats, definitions
@@ -46,6 +47,7 @@ class Parts:
     plan: Plan
     folded: tuple[FoldedPair, ...]
     result: TuningResult
+    scalings: tuple[Scaling, ...] = ()
 
 
 def save_parts(parts: Parts, directory: str | Path) -> Path:
@@ -96,6 +98,8 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
     folded = tuple(FoldedPair(**pair) for pair in config["folded"])
     twin = copied(model)
     prepare(twin, folded)
+    scalings = tuple(map(Scaling.from_dict, config.get("scalings", ())))
+    prepare_caps(twin, scalings)
     instrumented = InstrumentedModel(twin)
     ops = {entry["name"]: _op(entry) for entry in config["ops"]}
     _restore(instrumented, ops, plan, folded, tensors, config["weights"])
@@ -104,7 +108,7 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
         parts = _parts_of(instrumented.biases.path(op), tensors)
         instrumented.biases.adopt(op, plan[op.name], parts, instrumented.bias_scale)
     instrumented.apply(plan)
-    return Parts(instrumented, plan, folded, result)
+    return Parts(instrumented, plan, folded, result, scalings)
 
 
 def read_result(directory: str | Path) -> TuningResult:
@@ -316,6 +320,7 @@ def _config(parts: Parts, activations: list[Any], files: Mapping[str, bytes]) ->
         "metrics": {"accuracy": best.accuracy, **best.metrics},
         "costs": dict(best.costs),
         "folded": [asdict(pair) for pair in parts.folded],
+        "scalings": [scaling.to_dict() for scaling in parts.scalings],
         "ops": [asdict(op) for op in parts.model.ops.values()],
         "weights": _shapes(parts),
         "activations": activations,

@@ -13,6 +13,7 @@ from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.presets import INPUT_CALIBRATIONS, Candidate, preset_candidates
 from tuner.records import describe_config
+from tuner.repairs import SCALINGS
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.sensitivity import Component, Sensitivity, components_of
 
@@ -111,7 +112,7 @@ def _rule_candidates(op: Op, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) 
 
 def _changing(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -> OpConfig:
     """Return a rule's option as it applies to one op; it must quantize something."""
-    found = fitted(op, config, shapes)
+    found = fitted(op, config, shapes, SCALINGS)
     if found.is_float and not config.is_float:
         raise SpaceError(
             f"{op.name} ({op.type}) has {'no weight' if not op.weights else 'no such input'}: "

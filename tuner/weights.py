@@ -110,8 +110,13 @@ class WeightStore:
         self._cached_bytes = 0
 
     def replace_originals(self, values: Mapping[str, Tensor]) -> None:
-        """Take new float values (batch norm folded in) as the weights to quantize from."""
-        for name, value in values.items():
-            self._originals[name] = value
-            self._parameters[name].data = value
+        """Take new float values as the weights to quantize from; no scheme may be on.
+
+        Parameters that the store does not know, such as the bias that folding gave a layer, have no
+        weights to quantize.
+        """
+        for name in values.keys() & self._parameters.keys():
+            self._originals[name] = values[name]
+            self._parameters[name].data = values[name]
         self._scales.clear()
+        self.forget_cache()

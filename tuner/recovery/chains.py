@@ -5,15 +5,17 @@ W₂ f(W₁ x + b₁) = (W₂ S) f(S⁻¹ W₁ x + S⁻¹ b₁) with S = diag(s)
 4.1). A norm with a weight and a bias for each channel stands for W₁, b₁ as well.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from tuner.graph import Node, OpGraph
 from tuner.ops import Op
+from tuner.recovery.layers import input_channels, output_channels
 
 _HOMOGENEOUS = frozenset(
     {
@@ -25,6 +27,14 @@ _HOMOGENEOUS = frozenset(
     }
 )
 """Functions that pass a positive factor of a channel on, and leave the order of channels."""
+
+_TYPES = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _BatchNorm, nn.Hardtanh),
+)
+_FORWARDS = frozenset(kind.forward for kind in _TYPES)
+"""What a module computes is known where its forward is one of these."""
 
 _NORMS = ("batch_norm", "group_norm", "rms_norm", "LayerNorm")
 _CAPPED = ("hardtanh", "relu6")
@@ -59,7 +69,9 @@ class _Finder:
     def __init__(
         self, model: nn.Module, graph: OpGraph, folded: frozenset[str], fixed: frozenset[str]
     ) -> None:
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules = dict(model.named_modules())
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self._tied = frozenset(key for key, count in uses.items() if count > 1)
         self._graph = graph
         self._folded = folded
         self._fixed = fixed
@@ -82,7 +94,7 @@ class _Finder:
         """Return the module that makes this node's output, if its channels can be scaled."""
         path = node.scope if node.op is None else node.op
         module = self._modules.get(path)
-        if path in self._fixed or module is None or not _is_plain(module):
+        if path in self._fixed or module is None or not self._is_plain(module):
             return None
         if node.function in _NORMS and path not in self._folded:
             return path if _norm_channels(module) else None
@@ -129,7 +141,7 @@ class _Finder:
             return False
         op, module = self._graph.ops.get(node.op), self._modules[node.op]
         is_layer = op is not None and self._has_own_weight(op, module)
-        plain = _is_plain(module) and not module._forward_pre_hooks
+        plain = self._is_plain(module) and not module._forward_pre_hooks
         return is_layer and plain and node.inputs == (index,)
 
     def _passes(self, node: Node) -> bool:
@@ -138,7 +150,9 @@ class _Finder:
         if node.function in _HOMOGENEOUS or node.function == "batch_norm":
             return node.function != "batch_norm" or node.scope in self._folded
         module = self._modules.get(node.scope)
-        is_relu6 = isinstance(module, nn.Hardtanh) and module.min_val == 0 and _is_plain(module)
+        is_relu6 = (
+            isinstance(module, nn.Hardtanh) and module.min_val == 0 and self._is_plain(module)
+        )
         return node.function in _CAPPED and is_relu6
 
     def _takes(self, name: str, channels: int, reached: set[int]) -> bool:
@@ -150,36 +164,15 @@ class _Finder:
         flat = repeats == 1 or isinstance(self._modules[name], nn.Linear)
         return fits and flat and all(node.inputs[0] in reached for node in calls)
 
+    def _is_plain(self, module: nn.Module) -> bool:
+        """Return whether a module is its torch class's, unwatched, with parameters of its own."""
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        looked_at = module._forward_hooks or "forward" in module.__dict__
+        return not (looked_at or own & self._tied) and type(module).forward in _FORWARDS
+
     def _channels(self, path: str) -> int:
         module = self._modules[path]
         return _norm_channels(module) or output_channels(module)
-
-
-def input_channels(module: nn.Module) -> int:
-    """Return how many channels a linear or convolutional layer takes."""
-    found = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-    assert isinstance(found, int)
-    return found
-
-
-def output_channels(module: nn.Module) -> int:
-    """Return how many channels a linear or convolutional layer makes."""
-    found = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-    assert isinstance(found, int)
-    return found
-
-
-def channel_axis(module: nn.Module) -> int:
-    """Return the axis of a layer's input that holds the channels, counted from the end."""
-    if isinstance(module, nn.Linear):
-        return -1
-    assert isinstance(module, _ConvNd)
-    return -1 - len(module.kernel_size)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether a layer's weight has its input channels first."""
-    return isinstance(module, _ConvTransposeNd)
 
 
 def _norm_channels(module: nn.Module) -> int:
@@ -188,11 +181,6 @@ def _norm_channels(module: nn.Module) -> int:
         return 0
     weight = module._parameters.get("weight")
     return weight.numel() if weight is not None and weight.dim() == 1 else 0
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Return whether nobody looks at a module's output: no hook, no forward of its own."""
-    return not module._forward_hooks and "forward" not in module.__dict__
 
 
 def _same(ref: object, op: Op) -> bool:

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tuner.errors import PlanError
 from tuner.graph import Node, OpGraph
-from tuner.subclasses import set_class, subclassed
+from tuner.recovery.layers import on_output_channels
+from tuner.subclasses import Variant, set_class
 
 _FOLDABLE = (
     nn.Linear,
@@ -118,7 +119,7 @@ def prepare(model: nn.Module, pairs: Iterable[FoldedPair]) -> None:
         if layer.bias is None:
             zeros = layer.weight.new_zeros(norm.num_features)
             layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
-        set_class(norm, _folded_class(type(norm)))
+        set_class(norm, _FOLDED.of(type(norm)))
         norm.__dict__["folded_into"] = pair.layer
 
 
@@ -145,41 +146,16 @@ def _folded(layer: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     shift = (start - mean) * scale
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
-    shaped = _on_output_channels(layer, weight.detach().double(), scale)
+    shaped = on_output_channels(layer, weight.detach().double(), scale)
     return shaped.to(weight.dtype), shift.to(weight.dtype)
 
 
-def _on_output_channels(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
-    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    groups = layer.groups  # [in, out/groups, …]: the channels of one group lie along axis 1
-    grouped = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
-    per_group = scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))
-    return (grouped * per_group).view_as(weight)
+def _identity(self: Any, x: Tensor) -> Tensor:
+    return x
 
 
-def _remade(base: type[nn.Module]) -> nn.Module:
-    """Make an empty module of a folded class: what copy and pickle begin with."""
-    folded = _folded_class(base)
-    return folded.__new__(folded)
+def _describe(self: Any) -> str:
+    return f"folded into {self.folded_into}"
 
 
-_folded_classes: dict[type, type[nn.Module]] = {}
-
-
-def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _folded_classes:
-
-        def forward(self: Any, x: Tensor) -> Tensor:
-            return x
-
-        def extra_repr(self: Any) -> str:
-            return f"folded into {self.folded_into}"
-
-        def reduce_ex(self: Any, protocol: Any) -> Any:
-            reduced: Any = base.__reduce_ex__(self, 2)
-            return (_remade, (base,), *reduced[2:])
-
-        body = {"forward": forward, "extra_repr": extra_repr, "__reduce_ex__": reduce_ex}
-        _folded_classes[base] = subclassed(base, body)
-    return _folded_classes[base]
+_FOLDED = Variant("folded", {"forward": _identity, "extra_repr": _describe})

@@ -1,0 +1,175 @@
+"""The factors under which the consumers of a chain are predicted to harm least.
+
+An option of a consumer is computed as it would be after scaling, on calls that were captured
+before: the input divided, quantized and multiplied again, the weight the other way round. Its
+damage is that of `tuner.sensitivity`, ½ Σ (g·Δ)², so trying factors costs calls of single ops only.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tuner.calibrators import calibrated_range
+from tuner.capture import CapturedCall
+from tuner.gradients import Calls, head_of, output_errors
+from tuner.model import InstrumentedModel
+from tuner.ops import WeightRef
+from tuner.qparams import fake_quantize
+from tuner.quantizer import Quantizer
+from tuner.ranges import qparams_from_range
+from tuner.recovery.chains import Chain
+from tuner.recovery.channels import ChannelStatistics
+from tuner.recovery.layers import (
+    channel_axis,
+    input_magnitudes,
+    on_input_channels,
+    output_magnitudes,
+)
+from tuner.recovery.scales import equalize_scales, smooth_scales
+from tuner.recovery.scaling import Scaling
+from tuner.repairs import EQUALIZATION, SCALINGS, SMOOTHQUANT, Repair
+from tuner.schemes import OpConfig, TensorScheme
+
+ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+_ENOUGH = 1.05  # how many times less damage makes a repair worth its entry in the plan
+_REFERENCES = 3  # options of an op that are looked at
+_TINY = 1e-30
+_HALF = (torch.float16, torch.bfloat16)
+
+Configs = Mapping[str, Sequence[OpConfig]]
+"""Op → the options that quantize it."""
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """Finds the best factors of one chain at a time, on the model as it is scaled so far.
+
+    `channels` are the statistics of each chain's tensor, by producer.
+    """
+
+    model: InstrumentedModel
+    channels: Mapping[str, ChannelStatistics]
+    calls: Calls
+    configs: Configs
+    allowed: tuple[str, ...] = SCALINGS
+
+    def best(self, chain: Chain, wanted: str | Repair | None = None) -> Scaling | None:
+        """Return the scaling with the least damage, None where leaving the chain alone is as good.
+
+        `wanted` is what the user asks for: then it is done, with the alpha given or the best one.
+        """
+        found = list(self._candidates(chain, wanted))
+        configs = {name: _spread(self.configs.get(name, ())) for name in chain.consumers}
+        if not found or not any(configs.values()):
+            return None
+        harms = [self._harm(scaling, configs) for scaling in found]
+        best = min(range(len(found)), key=harms.__getitem__)
+        if wanted is not None:
+            return found[best]
+        plain = Scaling(chain, EQUALIZATION, torch.ones(chain.channels, dtype=torch.float64))
+        return found[best] if harms[best] < self._harm(plain, configs) / _ENOUGH else None
+
+    def _candidates(self, chain: Chain, wanted: str | Repair | None) -> Iterator[Scaling]:
+        name = wanted.name if isinstance(wanted, Repair) else wanted
+        allowed = self.allowed if name is None else (name,)
+        given = wanted.alpha if isinstance(wanted, Repair) else None
+        producer = self.model.model.get_submodule(chain.producer)
+        columns = self._columns(chain)
+        own = producer.get_parameter("weight").detach().cpu().double()
+        if EQUALIZATION in allowed and own.dim() > 1:
+            factors = equalize_scales(output_magnitudes(producer, own), columns)
+            yield Scaling(chain, EQUALIZATION, self._exact(chain, factors))
+        if SMOOTHQUANT in allowed:
+            tensor = self.channels[chain.producer].magnitudes.view(chain.channels, -1).amax(1)
+            for alpha in ALPHAS if given is None else (given,):
+                factors = smooth_scales(tensor.double(), columns, alpha)
+                repair = Repair(name=SMOOTHQUANT, alpha=alpha)
+                yield Scaling(chain, repair, self._exact(chain, factors))
+
+    def _columns(self, chain: Chain) -> Tensor:
+        """Return the largest magnitude of all consumers' weights for each channel, `[channels]`."""
+        found = []
+        for path in chain.consumers:
+            module = self.model.model.get_submodule(path)
+            weight = module.get_parameter("weight").detach().cpu().double()
+            found.append(input_magnitudes(module, weight).view(chain.channels, -1).amax(1))
+        return torch.stack(found).amax(0)
+
+    def _exact(self, chain: Chain, factors: Tensor) -> Tensor:
+        """Return powers of two for half precision, which would round with any other factor."""
+        paths = chain.producer, *chain.consumers
+        weights = (self.model.model.get_submodule(path).get_parameter("weight") for path in paths)
+        is_half = any(weight.dtype in _HALF for weight in weights)
+        return factors.log2().round().exp2() if is_half else factors
+
+    @torch.no_grad()
+    def _harm(self, scaling: Scaling, configs: Configs) -> float:
+        """Return the geometric mean of the damage of the options, on the captured calls."""
+        logs = []
+        statistics = self.channels[scaling.chain.producer]
+        for name, options in configs.items():
+            module = self.model.model.get_submodule(name)
+            scaled = _ScaledOp(module, self._ref(name), scaling.input_factors(module), statistics)
+            for config in options:
+                damage = sum(scaled.damage(call, config) for call in self.calls.get(name, ()))
+                logs.append(math.log(damage + _TINY))
+        return math.exp(sum(logs) / len(logs))
+
+    def _ref(self, name: str) -> WeightRef:
+        return self.model.ops[name].weights[0]
+
+
+class _ScaledOp:
+    """A consumer as it computes behind factors `[in]` of its input channels."""
+
+    def __init__(
+        self, module: nn.Module, ref: WeightRef, factors: Tensor, channels: ChannelStatistics
+    ) -> None:
+        self._module = module
+        self._parameter = module.get_parameter(ref.path.rpartition(".")[2])
+        self._factors = factors.to(self._parameter.device)
+        self._statistics = channels.scaled(factors.float())
+        axis = channel_axis(module)
+        self._shape = (-1, *[1] * (-1 - axis))
+
+    def damage(self, captured: CapturedCall, config: OpConfig) -> float:
+        """Return Σ (g·Δ)² of a configuration on one call."""
+        reference = head_of(captured.replay(lambda i, x: x)).float()
+        inputs = config.input_scheme(0)
+        quantizer = None if inputs is None else self._quantizer(inputs)
+        whole = self._parameter.data
+        try:
+            if config.weight is not None:
+                self._parameter.data = self._weight(whole, config.weight)
+            output = captured.replay(lambda i, x: self._input(x, quantizer) if i == 0 else x)
+        finally:
+            self._parameter.data = whole
+        errors = output_errors(reference, captured.gradient, [head_of(output).float()])
+        return float(errors.square().sum())
+
+    def _quantizer(self, scheme: TensorScheme) -> Quantizer:
+        if not scheme.needs_range:
+            return Quantizer(scheme)
+        low, high = calibrated_range(self._statistics, scheme)
+        return Quantizer(scheme, qparams_from_range(torch.tensor(low), torch.tensor(high), scheme))
+
+    def _input(self, x: Tensor, quantizer: Quantizer | None) -> Tensor:
+        if quantizer is None:
+            return x
+        factors = self._factors.view(self._shape).to(x.dtype)
+        return quantizer(x / factors) * factors
+
+    def _weight(self, weight: Tensor, scheme: TensorScheme) -> Tensor:
+        scaled = on_input_channels(self._module, weight, self._factors.to(weight.dtype))
+        rounded = fake_quantize(scaled, scheme)
+        return on_input_channels(self._module, rounded, (1 / self._factors).to(weight.dtype))
+
+
+def _spread(configs: Sequence[OpConfig]) -> list[OpConfig]:
+    """Return a few of the configurations, the first and the last among them."""
+    count = min(len(configs), _REFERENCES)
+    last = len(configs) - 1
+    return [configs[round(i * last / max(count - 1, 1))] for i in range(count)]

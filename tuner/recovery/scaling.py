@@ -1,0 +1,174 @@
+"""Scaling of channels between a layer and what is before it: the function stays, ranges change."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.batches import Feeder
+from tuner.errors import PlanError
+from tuner.model import InstrumentedModel
+from tuner.recovery.caps import cap
+from tuner.recovery.chains import Chain
+from tuner.recovery.layers import (
+    channel_axis,
+    input_channels,
+    on_input_channels,
+    on_output_channels,
+)
+from tuner.repairs import Repair
+from tuner.tensors import tensors_in
+
+_TOLERANCE = 1e-4  # of the largest output: more than rounding does, less than a wrong factor
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """The output of a chain's producer is divided by `factors` `[channels]`, on every channel.
+
+    `repair` is where the factors come from.
+    """
+
+    chain: Chain
+    repair: str | Repair
+    factors: Tensor
+
+    def input_factors(self, module: nn.Module) -> Tensor:
+        """Return the factors of a consumer's input channels: flattened ones repeat."""
+        return self.factors.repeat_interleave(input_channels(module) // self.chain.channels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a mapping of JSON."""
+        repair = self.repair if isinstance(self.repair, str) else self.repair.model_dump()
+        chain = {
+            "producer": self.chain.producer,
+            "consumers": list(self.chain.consumers),
+            "channels": self.chain.channels,
+            "caps": list(self.chain.caps),
+        }
+        return {**chain, "repair": repair, "factors": self.factors.tolist()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Scaling":
+        """Read what `to_dict` wrote."""
+        chain = Chain(
+            str(data["producer"]),
+            tuple(data["consumers"]),
+            int(data["channels"]),
+            tuple(data["caps"]),
+        )
+        given = data["repair"]
+        repair = given if isinstance(given, str) else Repair.model_validate(given)
+        return cls(chain, repair, torch.tensor(data["factors"], dtype=torch.float64))
+
+
+@torch.no_grad()
+def scale(model: InstrumentedModel, scaling: Scaling) -> None:
+    """Scale the channels of a chain, in place; no plan may be on."""
+    root, chain = model.model, scaling.chain
+    producer = root.get_submodule(chain.producer)
+    changed = _divided(producer, chain.producer, scaling.factors)
+    for path in chain.consumers:
+        module = root.get_submodule(path)
+        weight = module.get_parameter("weight").double()
+        value = on_input_channels(module, weight, scaling.input_factors(module).to(weight.device))
+        changed[_joined(path, "weight")] = value
+    for name, value in changed.items():
+        parameter = root.get_parameter(name)
+        parameter.data = value.to(parameter.dtype)
+    model.weights.replace_originals({name: root.get_parameter(name).data for name in changed})
+    for path in chain.caps:
+        caps = cap(root.get_submodule(path), chain.channels, channel_axis(producer))
+        caps.div_(scaling.factors.to(caps).view(caps.shape))
+
+
+def _divided(module: nn.Module, path: str, factors: Tensor) -> dict[str, Tensor]:
+    """Return the parameters of a producer whose output channels are divided, by name."""
+    changed = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        whole = parameter.double()
+        inverse = 1 / factors.to(whole.device)
+        is_matrix = whole.dim() > 1
+        scaled = on_output_channels(module, whole, inverse) if is_matrix else whole * inverse
+        changed[_joined(path, name)] = scaled
+    return changed
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def prepare_caps(model: nn.Module, scalings: Iterable[Scaling]) -> None:
+    """Give the ReLU6 modules of scaled chains caps of each channel, the values left to come."""
+    for scaling in scalings:
+        chain = scaling.chain
+        try:
+            producer = model.get_submodule(chain.producer)
+            modules = [model.get_submodule(path) for path in chain.caps]
+        except AttributeError as error:
+            raise PlanError(
+                f"the channels after {chain.producer!r} were scaled, but this model lacks "
+                f"{error}: it is a plan for another architecture"
+            ) from error
+        for module in modules:
+            if not isinstance(module, nn.Hardtanh):
+                raise PlanError(
+                    f"the channels after {chain.producer!r} were scaled through a ReLU6, which is "
+                    f"a {type(module).__name__} here: it is a plan for another architecture"
+                )
+            cap(module, chain.channels, channel_axis(producer))
+
+
+class FunctionCheck:
+    """Tells whether a model still computes what it did, on one batch.
+
+    A model may use a tensor in ways that its recorded graph does not show.
+    """
+
+    def __init__(self, model: InstrumentedModel, feeder: Feeder, batch: Any) -> None:
+        self._model = model
+        self._feeder = feeder
+        self._batch = batch
+        self._expected = self._outputs()
+
+    def kept(self, scalings: Sequence[Scaling]) -> tuple[Scaling, ...]:
+        """Return those of the scalings, which are on the model, that leave its function alone.
+
+        The others are taken back.
+        """
+        if self._holds():
+            return tuple(scalings)
+        for scaling in reversed(scalings):
+            scale(self._model, _inverse(scaling))
+        kept = []
+        for scaling in scalings:
+            scale(self._model, scaling)
+            if self._holds():
+                kept.append(scaling)
+            else:
+                scale(self._model, _inverse(scaling))
+        return tuple(kept)
+
+    def _holds(self) -> bool:
+        outputs, expected = self._outputs(), self._expected
+        if [x.shape for x in outputs] != [x.shape for x in expected]:
+            return False
+        return all(_close(x, y) for x, y in zip(outputs, expected, strict=True))
+
+    @torch.no_grad()
+    def _outputs(self) -> list[Tensor]:
+        found = tensors_in(self._feeder(self._model.model, self._batch))
+        return [tensor.detach().clone() for tensor in found if tensor.is_floating_point()]
+
+
+def _inverse(scaling: Scaling) -> Scaling:
+    return Scaling(scaling.chain, scaling.repair, 1 / scaling.factors)
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    """Return whether two outputs are the same but for rounding; NaN and ±inf where they were."""
+    finite = y[torch.isfinite(y)].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(x, y, rtol=0.0, atol=_TOLERANCE * largest, equal_nan=True)

@@ -1,0 +1,175 @@
+"""The scaling of channels in a preparation: which chains are scaled, and what follows from it."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tuner.config import TuningConfig
+from tuner.data_pass import DataPass
+from tuner.errors import SpaceError
+from tuner.gradients import Calls, GradientPass
+from tuner.granularity import PerTensor
+from tuner.model import InstrumentedModel
+from tuner.observe import CalibratedRanges
+from tuner.operands import OUTPUT, Operands
+from tuner.presets import Candidate
+from tuner.recovery.chains import Chain, find_chains
+from tuner.recovery.channels import ChannelStatistics
+from tuner.recovery.folding import FoldedPair
+from tuner.recovery.layers import channel_axis
+from tuner.recovery.scale_search import ScaleSearch
+from tuner.recovery.scaling import FunctionCheck, Scaling, scale
+from tuner.repairs import SCALINGS, Repair, in_order, name_of
+
+_log = logging.getLogger(__name__)
+
+_SAMPLES = 32
+_NONE = "none"
+
+Candidates = dict[str, list[Candidate]]
+"""Op → its options, FP32 among them."""
+
+
+class Rescaling:
+    """Finds the chains of a model, and scales the channels of those that gain by it.
+
+    `watchers` must see the calibration data before `run`.
+    """
+
+    def __init__(self, model: InstrumentedModel, data: DataPass, config: TuningConfig) -> None:
+        self.watchers: dict[str, ChannelStatistics] = {}
+        self._model = model
+        self._data = data
+        self._allowed = tuple(n for n in config.search_space.repairs if n in SCALINGS)
+        self._seed = config.seed
+        self._wanted: dict[Chain, str | Repair | None] = {}
+
+    def find(self, folded: Iterable[FoldedPair], candidates: Candidates, ranged: Operands) -> None:
+        """Find the chains that may be scaled; raises SpaceError where a rule asks in vain.
+
+        `ranged` are the operands that need a calibrated range.
+        """
+        model, graph = self._model.model, self._data.graph
+        norms = [pair.norm for pair in folded]
+        chains = find_chains(model, graph, norms, _fixed(ranged))
+        for chain in chains:
+            asked = _asked(chain, candidates)
+            if asked != _NONE and (asked is not None or self._allowed):
+                self._wanted[chain] = asked
+                consumer = chain.consumers[0]
+                axis = channel_axis(model.get_submodule(consumer))
+                self.watchers[consumer] = ChannelStatistics(axis)
+        _refuse_vain(candidates, chains)
+
+    def run(self, ranges: CalibratedRanges, candidates: Candidates) -> tuple[Scaling, ...]:
+        """Scale, in place, the chains that gain; the ranges of their consumers follow."""
+        chains = self._reached()
+        if not chains:
+            return ()
+        configs = {
+            name: [c.config for c in candidates.get(name, ()) if not c.config.is_float]
+            for chain in chains
+            for name in chain.consumers
+        }
+        channels = {chain.producer: self.watchers[chain.consumers[0]] for chain in chains}
+        calls = self._calls(tuple(configs))
+        search = ScaleSearch(self._model, channels, calls, configs, self._allowed)
+        check = FunctionCheck(self._model, self._data.feeder, self._data.kept[0])
+        found: list[Scaling] = []
+        for chain in chains:
+            best = search.best(chain, self._wanted[chain])
+            if best is not None:
+                scale(self._model, best)
+                found.append(best)
+        kept = check.kept(found)
+        if len(kept) < len(found):
+            _log.info("%d chains change the model's outputs: left as is", len(found) - len(kept))
+        for scaling in kept:
+            self._replace_ranges(scaling, ranges)
+        return kept
+
+    def adopt(self, stored: Iterable[Mapping[str, Any]]) -> tuple[Scaling, ...]:
+        """Scale the model as a study has it that is resumed."""
+        scalings = tuple(map(Scaling.from_dict, stored))
+        for scaling in scalings:
+            scale(self._model, scaling)
+        return scalings
+
+    def _reached(self) -> list[Chain]:
+        """Return the chains whose tensor calibration saw; none where batches took branches."""
+        if self._data.late and self._wanted:
+            _log.info("batches take different branches: no channels are rescaled")
+            return []
+        return [c for c in self._wanted if self.watchers[c.consumers[0]].count]
+
+    def _calls(self, names: Sequence[str]) -> Calls:
+        """Capture calls of the consumers on the first samples."""
+        passes = GradientPass(self._model, self._data.feeder, self._seed)
+        calls, _ = next(passes.parts(self._data.kept[0], _SAMPLES, names))
+        return calls
+
+    def _replace_ranges(self, scaling: Scaling, ranges: CalibratedRanges) -> None:
+        statistics = self.watchers[scaling.chain.consumers[0]]
+        for name in scaling.chain.consumers:
+            factors = scaling.input_factors(self._model.model.get_submodule(name)).float()
+            ranges.replace(name, 0, statistics.scaled(factors))
+
+
+def with_scalings(candidates: Candidates, scalings: Iterable[Scaling]) -> Candidates:
+    """Return the candidates with the scaling of its input in the recovery of each."""
+    repairs = {name: s.repair for s in scalings for name in s.chain.consumers}
+    return {
+        name: [_repaired(option, repairs.get(name)) for option in options]
+        for name, options in candidates.items()
+    }
+
+
+def _repaired(option: Candidate, repair: str | Repair | None) -> Candidate:
+    others = tuple(r for r in option.config.recovery if name_of(r) not in SCALINGS)
+    if option.config.is_float:
+        return option
+    recovery = in_order((*others, *(() if repair is None else (repair,))))
+    config = option.config.model_copy(update={"recovery": recovery})
+    return Candidate(option.label, config, option.given)
+
+
+def _fixed(ranged: Operands) -> set[str]:
+    """Return the ops with ranges that do not follow a scaling: of outputs, and along an axis."""
+    return {
+        name
+        for name, statics in ranged.items()
+        for index, scheme in statics
+        if index == OUTPUT or not isinstance(scheme.granularity, PerTensor)
+    }
+
+
+def _asked(chain: Chain, candidates: Candidates) -> str | Repair | None:
+    """Return the scaling that rules ask for, "none" where they want none, None without rules."""
+    asked: set[str | Repair] = set()
+    for name in chain.consumers:
+        for option in candidates.get(name, ()):
+            if option.given and not option.config.is_float:
+                scalings = [r for r in option.config.recovery if name_of(r) in SCALINGS]
+                asked.add(scalings[0] if scalings else _NONE)
+    if len(asked) > 1:
+        raise SpaceError(
+            f"{', '.join(chain.consumers)}: the channels of their input are scaled for all options "
+            "or for none, but rules ask for "
+            f"{' and '.join(sorted(map(str, asked)))}: give every option "
+            "the same recovery"
+        )
+    return next(iter(asked), None)
+
+
+def _refuse_vain(candidates: Candidates, chains: Iterable[Chain]) -> None:
+    scaled = {name for chain in chains for name in chain.consumers}
+    for name, options in candidates.items():
+        for option in options:
+            names = [name_of(r) for r in option.config.recovery if name_of(r) in SCALINGS]
+            if names and name not in scaled:
+                raise SpaceError(
+                    f"{name}: {names[0]} has nothing to work on: the op must be a Linear or "
+                    "convolution whose input comes from another one, or from a norm, through "
+                    "nothing but ReLU, pooling, dropout or reshaping, and goes nowhere else. "
+                    "Restrict the rule with names, or leave the recovery out"
+                )
