@@ -58,11 +58,11 @@ class DataPass:
         self,
         wanted: Wanted,
         advance: Callable[[], object] = lambda: None,
-        watchers: Mapping[str, Watcher] | None = None,
+        watchers: Iterable[Watcher] = (),
     ) -> CalibratedRanges:
         """Return the ranges of what is wanted of each op; `advance` is called after each batch.
 
-        `watchers` see the first operand of the ops that they are for.
+        `watchers` see every operand of every call.
 
         Raises SchemeError, before the data are read on, for a range that cannot be had.
         """

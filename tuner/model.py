@@ -113,12 +113,13 @@ class InstrumentedModel:
             self._swap_to(self._needed())
 
     def _refuse_untied(self, plan: Mapping[str, OpConfig]) -> None:
-        schemes: dict[object, tuple[str, TensorScheme | None]] = {}
+        schemes: dict[object, tuple[str, object]] = {}
         for name, op in self.ops.items():
-            scheme = plan.get(name, _FLOAT).weight
+            config = plan.get(name, _FLOAT)
+            choice = config.weight, config.rounding if config.weight else None
             for ref in op.weights:
-                other, known = schemes.setdefault(ref.key, (name, scheme))
-                if known != scheme:
+                other, known = schemes.setdefault(ref.key, (name, choice))
+                if known != choice:
                     raise PlanError(
                         f"{other!r} and {name!r} share the weight {ref.path!r}, but the plan gives "
                         "it two schemes: give both ops the same one"
@@ -126,7 +127,7 @@ class InstrumentedModel:
 
     def _set(self, op: Op, config: OpConfig) -> None:
         for ref in op.weights:
-            self.weights.set(ref, config.weight)
+            self.weights.set(ref, config.weight, config.rounding)
         self.biases.set(op, config, self.bias_scale)
         if config.is_float:
             self._current.pop(op.name, None)

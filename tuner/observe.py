@@ -3,8 +3,8 @@
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +27,8 @@ Slices = dict[tuple[str, int, Granularity], SlicedStatistics]
 _Methods = dict[Granularity, set[str]]
 
 
-class Watcher(Protocol):
-    """Keeps something of a tensor over all batches."""
-
-    def update(self, x: Tensor) -> None:
-        """Add one batch."""
+Watcher = Callable[[str, Call, int, Tensor], None]
+"""Looks at every operand of every call: op, call, operand index, tensor."""
 
 
 class Observer:
@@ -39,26 +36,25 @@ class Observer:
 
     What is kept of an operand follows from its schemes: statistics of the whole where one is per
     tensor, of the slices where one has scales along an axis. A tensor that feeds several ops one
-    after the other (query, key, value) is summarized once. `watchers` see the first operand of
-    the ops that they are for.
+    after the other (query, key, value) is summarized once. `watchers` see every operand of
+    every call.
     """
 
-    def __init__(self, wanted: Operands, watchers: Mapping[str, Watcher] | None = None) -> None:
+    def __init__(self, wanted: Operands, watchers: Iterable[Watcher] = ()) -> None:
         self.statistics: dict[tuple[str, int], TensorStatistics] = {}
         self.slices: Slices = {}
         self._wanted = _methods_of(wanted)
-        self._watchers = dict(watchers or {})
+        self._watchers = tuple(watchers)
         self._recent: list[tuple[Tensor, int, TensorSummary]] = []
 
     def run(self, site: Site, call: Call) -> Any:
         """Compute the call and look at its operands and output."""
         site.calls += 1
         wanted = self._wanted.get(site.name, {})
-        watcher = self._watchers.get(site.name)
 
         def look(index: int, x: Tensor) -> Tensor:
-            if index == 0 and watcher is not None:
-                watcher.update(x)
+            for watcher in self._watchers:
+                watcher(site.name, call, index, x)
             if index in wanted:
                 self._update(site.name, index, x, wanted[index])
             return x

@@ -14,23 +14,25 @@ from tuner.data_pass import DataPass
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges, Watcher
-from tuner.operands import Operands, check_operands, static_operands
+from tuner.operands import OUTPUT, Operands, check_operands, static_operands
 from tuner.ops import Op
 from tuner.presets import Candidate
 from tuner.progress import Progress
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
+from tuner.recovery.rounder import Rounder, can_have
 from tuner.recovery.scaling import Scaling
+from tuner.repairs import ROUNDINGS
 from tuner.rescaling import Candidates, Rescaling, with_scalings
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.search_space import (
     FLOAT,
     TuningSpace,
-    best_calibrations,
+    best_variants,
     build_space,
     candidates_of,
     components_wanted,
 )
-from tuner.sensitivity import BIAS, SAMPLES, WEIGHT, SensitivityAnalysis
+from tuner.sensitivity import SAMPLES, SensitivityAnalysis
 
 Options = dict[str, dict[str, dict[str, Any]]]
 """Op → label → {"config", "damage"}."""
@@ -87,17 +89,22 @@ class Preparation:
         self.model.weights.replace_originals(fold(self.model.model, pairs))
         rescaling = Rescaling(self.model, self._data, self._config)
         rescaling.find(pairs, self._candidates, self._wanted(self._data.graph.ops))
-        ranges = self._calibrate(progress, rescaling.watchers)
+        rounder = Rounder(self._data.graph.ops.values(), self._rounded())
+        ranges = self._calibrate(progress, (rescaling.watch, rounder.watch))
         graph = self._data.graph
         self.model.install(graph.ops, ranges)
+        self.model.weights.rounder = rounder.rounded
+        rounder.refuse_vain(_asking(self._candidates))
         if payload:
             scalings = rescaling.adopt(payload.get("scalings", ()))
+            self._rescale(rounder, scalings)
             ranges.adopt(payload["ranges"])
         else:
             progress.phase("rescaling channels", None)
             scalings = rescaling.run(ranges, self._candidates)
+            self._rescale(rounder, scalings)
             self._candidates = with_scalings(self._candidates, scalings)
-            stored = self._predict(progress)
+            stored = self._predict(progress, rounder)
             payload = {
                 "options": stored,
                 "ranges": ranges.entries(self._statics(stored)),
@@ -130,7 +137,7 @@ class Preparation:
             shapes.setdefault(bias_name(pair.layer), graph.ops[pair.layer].output_shape[1:2])
         return candidates_of(ops, self._config.search_space, shapes)
 
-    def _calibrate(self, progress: Progress, watchers: Mapping[str, Watcher]) -> CalibratedRanges:
+    def _calibrate(self, progress: Progress, watchers: Iterable[Watcher]) -> CalibratedRanges:
         progress.phase("calibrating", None)
         ranges = self._data.calibrate(self._wanted, progress.advance, watchers)
         self._candidates = self._candidates_of(self._data.graph.ops)
@@ -140,7 +147,7 @@ class Preparation:
         """Return the operands of every op that need a calibrated range."""
         components = components_wanted(ops, self._candidates_of(ops))
         return {
-            name: tuple((i, s) for i, s in found if i not in (WEIGHT, BIAS) and s.needs_range)
+            name: tuple((i, s) for i, s in found if i >= OUTPUT and s.needs_range)
             for name, found in components.items()
         }
 
@@ -154,9 +161,35 @@ class Preparation:
                     found[name, index, scheme] = None
         return list(found)
 
-    def _predict(self, progress: Progress) -> Options:
+    def _rounded(self) -> list[str]:
+        """Return the ops whose weights may be rounded otherwise than to nearest."""
+        return [
+            name
+            for name, options in self._candidates.items()
+            if any(self._may_round(option) or option.config.rounding for option in options)
+        ]
+
+    def _may_round(self, option: Candidate) -> bool:
+        scheme = option.config.weight
+        is_open = not option.given and scheme is not None and can_have(scheme)
+        return is_open and bool(self._allowed_roundings())
+
+    def _allowed_roundings(self) -> tuple[str, ...]:
+        return tuple(n for n in self._config.search_space.repairs if n in ROUNDINGS)
+
+    def _rescale(self, rounder: Rounder, scalings: Iterable[Scaling]) -> None:
+        for scaling in scalings:
+            for name in scaling.chain.consumers:
+                module = self.model.model.get_submodule(name)
+                rounder.rescale(name, scaling.input_factors(module))
+
+    def _predict(self, progress: Progress, rounder: Rounder) -> Options:
         ops = self._data.graph.ops
-        components = components_wanted(ops, self._candidates)
+
+        def roundings(op: str, scheme: TensorScheme) -> tuple[str, ...]:
+            return self._allowed_roundings() if can_have(scheme) and rounder.can_round(op) else ()
+
+        components = components_wanted(ops, self._candidates, roundings)
         progress.phase("predicting damage", None)
         analysis = SensitivityAnalysis(self.model, self._data.feeder, components, self._config.seed)
         found = analysis.run(self._data.kept, self._data.late, progress.advance)
@@ -164,7 +197,7 @@ class Preparation:
         for name, options in self._candidates.items():
             op = ops[name]
             if name in found:
-                options = best_calibrations(op, options, found[name])
+                options = best_variants(op, options, found[name])
             payload[name] = {
                 option.label: {
                     "config": option.config.model_dump(mode="json"),
@@ -173,6 +206,11 @@ class Preparation:
                 for option in options
             }
         return payload
+
+
+def _asking(candidates: Candidates) -> list[str]:
+    """Return the ops for which rules ask for a rounding."""
+    return [name for name, found in candidates.items() if any(c.config.rounding for c in found)]
 
 
 def _candidates_from(payload: Options) -> Candidates:

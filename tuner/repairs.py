@@ -19,7 +19,10 @@ ROUNDINGS = (GPTQ, ADAROUND)
 
 TRAININGS = (QAT, LSQ)
 
-PROPOSED = SCALINGS
+SUPPORTED = (*SCALINGS, GPTQ)
+"""What needs no training."""
+
+PROPOSED = (*SCALINGS, GPTQ)
 """What a preset's options may get by themselves."""
 
 REPAIRS = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, *TRAININGS)
@@ -58,6 +61,11 @@ def check_name(name: str) -> None:
 def name_of(repair: str | Repair) -> str:
     """Return the name of a repair, given with parameters or without."""
     return repair if isinstance(repair, str) else repair.name
+
+
+def rounding_of(repairs: tuple[str | Repair, ...]) -> str | None:
+    """Return the one rounding among repairs, None where weights are rounded to nearest."""
+    return next((name for name in map(name_of, repairs) if name in ROUNDINGS), None)
 
 
 def in_order(repairs: tuple[str | Repair, ...]) -> tuple[str | Repair, ...]:

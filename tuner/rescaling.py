@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from tuner.config import TuningConfig
 from tuner.data_pass import DataPass
 from tuner.errors import SpaceError
@@ -20,6 +22,7 @@ from tuner.recovery.layers import channel_axis
 from tuner.recovery.scale_search import ScaleSearch
 from tuner.recovery.scaling import FunctionCheck, Scaling, scale
 from tuner.repairs import SCALINGS, Repair, in_order, name_of
+from tuner.sites import Call
 
 _log = logging.getLogger(__name__)
 
@@ -33,11 +36,11 @@ Candidates = dict[str, list[Candidate]]
 class Rescaling:
     """Finds the chains of a model, and scales the channels of those that gain by it.
 
-    `watchers` must see the calibration data before `run`.
+    `watch` must see the calibration data before `run`.
     """
 
     def __init__(self, model: InstrumentedModel, data: DataPass, config: TuningConfig) -> None:
-        self.watchers: dict[str, ChannelStatistics] = {}
+        self._channels: dict[str, ChannelStatistics] = {}
         self._model = model
         self._data = data
         self._allowed = tuple(n for n in config.search_space.repairs if n in SCALINGS)
@@ -58,8 +61,13 @@ class Rescaling:
                 self._wanted[chain] = asked
                 consumer = chain.consumers[0]
                 axis = channel_axis(model.get_submodule(consumer))
-                self.watchers[consumer] = ChannelStatistics(axis)
+                self._channels[consumer] = ChannelStatistics(axis)
         _refuse_vain(candidates, chains)
+
+    def watch(self, op: str, call: Call, index: int, x: Tensor) -> None:
+        """Look at an operand of a call."""
+        if index == 0 and op in self._channels:
+            self._channels[op].update(x)
 
     def run(self, ranges: CalibratedRanges, candidates: Candidates) -> tuple[Scaling, ...]:
         """Scale, in place, the chains that gain; the ranges of their consumers follow."""
@@ -71,7 +79,7 @@ class Rescaling:
             for chain in chains
             for name in chain.consumers
         }
-        channels = {chain.producer: self.watchers[chain.consumers[0]] for chain in chains}
+        channels = {chain.producer: self._channels[chain.consumers[0]] for chain in chains}
         calls = self._calls(tuple(configs))
         search = ScaleSearch(self._model, channels, calls, configs, self._allowed)
         check = FunctionCheck(self._model, self._data.feeder, self._data.kept[0])
@@ -100,7 +108,7 @@ class Rescaling:
         if self._data.late and self._wanted:
             _log.info("batches take different branches: no channels are rescaled")
             return []
-        return [c for c in self._wanted if self.watchers[c.consumers[0]].count]
+        return [c for c in self._wanted if self._channels[c.consumers[0]].count]
 
     def _calls(self, names: Sequence[str]) -> Calls:
         """Capture calls of the consumers on the first samples."""
@@ -109,7 +117,7 @@ class Rescaling:
         return calls
 
     def _replace_ranges(self, scaling: Scaling, ranges: CalibratedRanges) -> None:
-        statistics = self.watchers[scaling.chain.consumers[0]]
+        statistics = self._channels[scaling.chain.consumers[0]]
         for name in scaling.chain.consumers:
             factors = scaling.input_factors(self._model.model.get_submodule(name)).float()
             ranges.replace(name, 0, statistics.scaled(factors))

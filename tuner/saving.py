@@ -25,6 +25,7 @@ from tuner.packed_tensor import (
     unpack_tensor,
 )
 from tuner.plan import Plan
+from tuner.qparams import compute_qparams
 from tuner.ranges import QParams
 from tuner.recovery.folding import FoldedPair, folded_names, prepare
 from tuner.recovery.scaling import Scaling, prepare_caps
@@ -151,6 +152,7 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[int | str, ...
     needless = folded_names(model.model, parts.folded)
     weights = _weight_schemes(model.ops, parts.plan)
     parameters = dict(model.model.named_parameters())
+    rounded = _roundings(model.ops, parts.plan)
     packed_paths = {ref.path for ref, _ in weights.values()}
     biased = _biased(model.ops, parts.plan)
     bias_paths = {model.biases.path(op) for op in biased}
@@ -162,7 +164,10 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[int | str, ...
     for ref, scheme in weights.values():
         current, original = ref.of(parameters[ref.path]), model.weights.original(ref)
         known = model.weights.packed(ref, scheme)
-        tensors.update(_named(_stem(ref), pack_current(current, original, scheme, None, known)))
+        qparams = (
+            compute_qparams(original, scheme) if known is None and ref.key in rounded else None
+        )
+        tensors.update(_named(_stem(ref), pack_current(current, original, scheme, qparams, known)))
     for op in biased:
         tensors.update(_named(*model.biases.stored(op)))
     for path in packed_paths:
@@ -208,6 +213,12 @@ def _weight_schemes(
         if config.weight is not None and name in ops:
             found.update({ref.key: (ref, config.weight) for ref in ops[name].weights})
     return found
+
+
+def _roundings(ops: Mapping[str, Op], plan: Mapping[str, OpConfig]) -> dict[Any, str]:
+    """Return how weights are rounded where that is not to nearest."""
+    configs = ((ops[name], config.rounding) for name, config in plan.items() if name in ops)
+    return {ref.key: rounding for op, rounding in configs if rounding for ref in op.weights}
 
 
 def _biased(ops: Mapping[str, Op], plan: Mapping[str, OpConfig]) -> list[Op]:
@@ -274,13 +285,14 @@ def _restore(
         if bracket and rows.endswith("]"):
             start, stop = rows[:-1].split(":")
             _copy(name, storage[path][int(start) : int(stop)], tensor)
+    rounded = _roundings(ops, plan)
     for ref, scheme in weights.values():
         target = ref.of(storage[ref.path])
         _check_shape(_stem(ref), target, shapes)
         packed = _parts_of(_stem(ref), tensors)
         check_parts(packed, scheme, _stem(ref))
         value = unpack_tensor(packed, scheme, tuple(target.shape), target.dtype)
-        model.weights.adopt(ref, value, scheme, packed)
+        model.weights.adopt(ref, value, scheme, packed, rounded.get(ref.key))
 
 
 def _bias_path(model: InstrumentedModel, op: Op) -> str:

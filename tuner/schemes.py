@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from tuner import formats
 from tuner.granularity import Granularity, PerBlock, PerTensor, PerToken
-from tuner.repairs import Repair, in_order
+from tuner.repairs import Repair, in_order, rounding_of
 
 CalibrationMethod = Literal[
     "minmax",
@@ -162,6 +162,11 @@ class OpConfig(BaseModel):
     def float(cls) -> "OpConfig":
         """Return the fall-back to FP32: nothing of the op is quantized."""
         return cls()
+
+    @property
+    def rounding(self) -> str | None:
+        """The repair that says how the weight is rounded, None where it is to nearest."""
+        return rounding_of(self.recovery)
 
     @property
     def is_float(self) -> bool:

@@ -1,6 +1,6 @@
 """From a model's ops and the user's SearchSpace to the units that a strategy may choose from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from strategies.space import Assignment, Option, Space, Unit
@@ -13,18 +13,25 @@ from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.presets import INPUT_CALIBRATIONS, Candidate, preset_candidates
 from tuner.records import describe_config
-from tuner.repairs import SCALINGS
+from tuner.repairs import SUPPORTED, in_order
 from tuner.schemes import OpConfig, TensorScheme
-from tuner.sensitivity import Component, Sensitivity, components_of
+from tuner.sensitivity import WEIGHT, WEIGHT_ROUNDED, Component, Sensitivity, components_of
 
 FLOAT = Candidate("FP32", OpConfig.float())
 _TIE_BREAK = 1e-3
 """The weight of the other cost beside the objective, both as shares of FP32: what costs nothing in
 the objective (an embedding in bops, an activation in size) is still worth quantizing."""
 
+_OPTIMISM = 1.1
+"""Weights are rounded by the data that their damage is then predicted on."""
+
 _CAUTION = {"mse": 1.0, "minmax": 1.0, "percentile": 6.0}
 """Clipped outliers err in one direction, which a sum of squares does not see: on MiniLM a fixed
 percentile did up to ten times the damage that was predicted, mse and minmax what was predicted."""
+
+
+Roundings = Callable[[str, TensorScheme], Sequence[str]]
+"""Returns the repairs by which the weight of an op may be rounded under a scheme."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def _rule_candidates(op: Op, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) 
 
 def _changing(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -> OpConfig:
     """Return a rule's option as it applies to one op; it must quantize something."""
-    found = fitted(op, config, shapes, SCALINGS)
+    found = fitted(op, config, shapes, SUPPORTED)
     if found.is_float and not config.is_float:
         raise SpaceError(
             f"{op.name} ({op.type}) has {'no weight' if not op.weights else 'no such input'}: "
@@ -123,19 +130,31 @@ def _changing(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def components_wanted(
-    ops: Mapping[str, Op], candidates: Mapping[str, Sequence[Candidate]]
+    ops: Mapping[str, Op],
+    candidates: Mapping[str, Sequence[Candidate]],
+    roundings: Roundings = lambda op, scheme: (),
 ) -> dict[str, list[Component]]:
-    """Return every (operand, scheme) whose effect must be known, calibration variants included."""
+    """Return every component whose effect must be known, with the variants that may replace it.
+
+    `roundings` tells by what repairs a weight may be rounded.
+    """
     wanted: dict[str, list[Component]] = {}
     for name, options in candidates.items():
         unique: dict[Component, None] = {}
         for candidate in options:
-            for index, scheme in components_of(ops[name], candidate.config):
-                fixed = candidate.given or index < 0
-                variants = [scheme] if fixed else calibration_variants(scheme)
-                unique.update(dict.fromkeys((index, variant) for variant in variants))
+            for component in components_of(ops[name], candidate.config):
+                given = [component] if candidate.given else _variants(name, component, roundings)
+                unique.update(dict.fromkeys(given))
         wanted[name] = list(unique)
     return wanted
+
+
+def _variants(op: str, component: Component, roundings: Roundings) -> list[Component]:
+    index, scheme = component
+    if index == WEIGHT:
+        names = (None, *roundings(op, scheme))
+        return [(WEIGHT_ROUNDED[name], scheme) for name in names]
+    return [(index, s) for s in calibration_variants(scheme)] if index >= 0 else [component]
 
 
 def calibration_variants(scheme: TensorScheme) -> list[TensorScheme]:
@@ -147,10 +166,13 @@ def calibration_variants(scheme: TensorScheme) -> list[TensorScheme]:
     return [scheme, *(scheme.model_copy(update={"calibration": m}) for m in others)]
 
 
-def best_calibrations(
+def best_variants(
     op: Op, candidates: Sequence[Candidate], sensitivity: Sensitivity
 ) -> list[Candidate]:
-    """Return the candidates with each input calibrated as it is predicted to harm least."""
+    """Return the candidates with inputs calibrated, and weights rounded, to least predicted harm.
+
+    What the user gave stays as it is.
+    """
     best: dict[Component, TensorScheme] = {}
 
     def choose(index: int, scheme: TensorScheme | None) -> TensorScheme | None:
@@ -171,8 +193,24 @@ def best_calibrations(
             picked = tuple(choose(i, scheme) for i, scheme in enumerate(inputs))
             config = candidate.config.model_copy(update={"inputs": picked})
             candidate = Candidate(candidate.label, config)
+        if not candidate.given:
+            config = _best_rounded(candidate.config, sensitivity)
+            candidate = Candidate(candidate.label, config)
         chosen.append(candidate)
     return chosen
+
+
+def _best_rounded(config: OpConfig, sensitivity: Sensitivity) -> OpConfig:
+    """Return a configuration with the rounding of its weight that is predicted to harm least."""
+    scheme = config.weight
+    if scheme is None:
+        return config
+    known = {name: (index, scheme) for name, index in WEIGHT_ROUNDED.items()}
+    alone = {n: sensitivity.alone(c) for n, c in known.items() if c in sensitivity.components}
+    best = min(alone, key=lambda name: alone[name] * (1.0 if name is None else _OPTIMISM))
+    if best is None:
+        return config
+    return config.model_copy(update={"recovery": in_order((*config.recovery, best))})
 
 
 def build_space(

@@ -23,6 +23,7 @@ from tuner.granularity import PerTensor
 from tuner.model import InstrumentedModel
 from tuner.operands import OUTPUT, Static, operand_shape
 from tuner.ops import Op
+from tuner.repairs import ROUNDINGS
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.slices import axis_length
 
@@ -31,6 +32,14 @@ WEIGHT = -2
 """The component index of an op's weight; operands are ≥ 0, the output is OUTPUT."""
 BIAS = -3
 """That of a bias with a scale of its own: an int32 bias is as exact as the products it joins."""
+
+WEIGHT_ROUNDED: Mapping[str | None, int] = {
+    None: WEIGHT,
+    **{name: BIAS - 1 - i for i, name in enumerate(ROUNDINGS)},
+}
+"""The component index of an op's weight by how it is rounded."""
+
+_ROUNDING = {index: name for name, index in WEIGHT_ROUNDED.items()}
 
 Component = tuple[int, TensorScheme]
 
@@ -56,7 +65,7 @@ class Sensitivity:
 def components_of(op: Op, config: OpConfig) -> list[Component]:
     """Return what a configuration quantizes on an op: (component index, scheme)."""
     pairs: list[tuple[int, TensorScheme | None]] = [
-        (WEIGHT, config.weight if op.weights else None),
+        (WEIGHT_ROUNDED[config.rounding], config.weight if op.weights else None),
         *((i, config.input_scheme(i)) for i in op.activations),
         (OUTPUT, config.output),
         (BIAS, None if counts_products(config) else config.bias),
@@ -131,8 +140,8 @@ class SensitivityAnalysis:
 
     def _perturbed(self, op: Op, captured: CapturedCall, component: Component) -> Any:
         index, scheme = component
-        if index == WEIGHT:
-            return self._with_weight(op, captured, scheme)
+        if index in _ROUNDING:
+            return self._with_weight(op, captured, scheme, _ROUNDING[index])
         if index == BIAS:
             return self._with_bias(op, captured, scheme)
         quantizer = self._model.quantizer(op, index, scheme)
@@ -140,16 +149,18 @@ class SensitivityAnalysis:
             return quantizer(head_of(captured.replay(lambda i, x: x)))
         return captured.replay(lambda i, x: quantizer(x) if i == index else x)
 
-    def _with_weight(self, op: Op, captured: CapturedCall, scheme: TensorScheme) -> Any:
+    def _with_weight(
+        self, op: Op, captured: CapturedCall, scheme: TensorScheme, rounding: str | None
+    ) -> Any:
         weights = self._model.weights
         if captured.call.module is None:
             ref = op.weights[0]
-            value = weights.quantized(ref, scheme)
+            value = weights.quantized(ref, scheme, rounding)
             value = value.T if ref.transposed else value
             return captured.replay(lambda i, x: value if i == ref.operand else x)
         try:
             for ref in op.weights:
-                weights.set(ref, scheme)
+                weights.set(ref, scheme, rounding)
             return captured.replay(lambda i, x: x)
         finally:
             for ref in op.weights:
@@ -166,7 +177,7 @@ class SensitivityAnalysis:
 
 def _sliced(components: Sequence[Component]) -> tuple[Static, ...]:
     """Return the activations with static scales along an axis."""
-    activations = ((i, s) for i, s in components if i not in (WEIGHT, BIAS) and s.needs_range)
+    activations = ((i, s) for i, s in components if i >= OUTPUT and s.needs_range)
     return tuple((i, s) for i, s in activations if not isinstance(s.granularity, PerTensor))
 
 

@@ -1,17 +1,23 @@
 """Quantized weights on a model: swapped in by storage, kept per (weight, scheme)."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from tuner.errors import PlanError
 from tuner.ops import WeightRef
 from tuner.packed_tensor import StoredTensor, stored_qparams
 from tuner.qparams import compute_qparams, fake_quantize, whole_scale
 from tuner.schemes import TensorScheme
 
 _Key = tuple[str, tuple[int, int] | None]
+_Choice = tuple[TensorScheme, str | None]
+"""A scheme, and a rounding of `repairs.ROUNDINGS` or None: to nearest."""
+
+Rounded = Callable[[WeightRef, Tensor, TensorScheme, str], Tensor]
+"""Rounds a weight by a scheme in the way that is named."""
 
 
 class WeightStore:
@@ -25,8 +31,9 @@ class WeightStore:
     def __init__(self, model: nn.Module, max_bytes: int = 2 << 30) -> None:
         self._parameters = dict(model.named_parameters())
         self._originals = {name: p.data for name, p in self._parameters.items()}
-        self._schemes: dict[_Key, TensorScheme] = {}
-        self._cache: OrderedDict[tuple[_Key, TensorScheme], Tensor] = OrderedDict()
+        self.rounder: Rounded | None = None
+        self._schemes: dict[_Key, _Choice] = {}
+        self._cache: OrderedDict[tuple[_Key, _Choice], Tensor] = OrderedDict()
         self._scales: dict[tuple[_Key, TensorScheme], Tensor] = {}
         self._adopted: dict[tuple[_Key, TensorScheme], StoredTensor] = {}
         self._cached_bytes = 0
@@ -37,14 +44,19 @@ class WeightStore:
         return ref.of(self._originals[ref.path])
 
     def adopt(
-        self, ref: WeightRef, weight: Tensor, scheme: TensorScheme, packed: StoredTensor
+        self,
+        ref: WeightRef,
+        weight: Tensor,
+        scheme: TensorScheme,
+        packed: StoredTensor,
+        rounding: str | None = None,
     ) -> None:
         """Take weights that were quantized before (a loaded plan) as they are, and their codes."""
         self._adopted[ref.key, scheme] = packed
         self._scales.pop((ref.key, scheme), None)
         target = ref.of(self._parameters[ref.path].data)
         target.copy_(weight.to(target.dtype))
-        self._schemes[ref.key] = scheme
+        self._schemes[ref.key] = scheme, rounding
 
     def packed(self, ref: WeightRef, scheme: TensorScheme) -> StoredTensor | None:
         """Return the codes that `adopt` was given, or None if the float weight is here."""
@@ -62,16 +74,17 @@ class WeightStore:
             self._scales[key] = torch.as_tensor(whole_scale(qparams))
         return self._scales[key]
 
-    def set(self, ref: WeightRef, scheme: TensorScheme | None) -> None:
+    def set(self, ref: WeightRef, scheme: TensorScheme | None, rounding: str | None = None) -> None:
         """Quantize a weight by a scheme, or give it its float values back."""
         key = ref.key
-        if self._schemes.get(key) == scheme:
+        choice = None if scheme is None else (scheme, rounding)
+        if self._schemes.get(key) == choice:
             return
-        if scheme is None:
+        if choice is None:
             del self._schemes[key]
         else:
-            self._schemes[key] = scheme
-        value = self.original(ref) if scheme is None else self.quantized(ref, scheme)
+            self._schemes[key] = choice
+        value = self.original(ref) if scheme is None else self.quantized(ref, scheme, rounding)
         self._put(ref, value)
 
     def _put(self, ref: WeightRef, value: Tensor) -> None:
@@ -89,20 +102,33 @@ class WeightStore:
             parameter.data = original.clone()
         ref.of(parameter.data).copy_(value)
 
-    def quantized(self, ref: WeightRef, scheme: TensorScheme) -> Tensor:
+    def quantized(
+        self, ref: WeightRef, scheme: TensorScheme, rounding: str | None = None
+    ) -> Tensor:
         """Return the fake-quantized weight, computed once while the cache holds it."""
-        key = (ref.key, scheme)
+        key = ref.key, (scheme, rounding)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
         with torch.no_grad():
-            value = fake_quantize(self.original(ref), scheme)
+            value = self._rounded(ref, scheme, rounding)
         self._cache[key] = value
         self._cached_bytes += value.nbytes
         while self._cached_bytes > self._max_bytes and len(self._cache) > 1:
             _, dropped = self._cache.popitem(last=False)
             self._cached_bytes -= dropped.nbytes
         return value
+
+    def _rounded(self, ref: WeightRef, scheme: TensorScheme, rounding: str | None) -> Tensor:
+        weight = self.original(ref)
+        if rounding is None:
+            return fake_quantize(weight, scheme)
+        if self.rounder is None:
+            raise PlanError(
+                f"{ref.path!r}: the plan rounds this weight by {rounding}, which takes calibration "
+                "data: let fit() find the plan, or leave the recovery out"
+            )
+        return self.rounder(ref, weight, scheme, rounding)
 
     def forget_cache(self) -> None:
         """Let go of quantized weights that are not on the model now."""

@@ -292,7 +292,7 @@ def test_pickle_copy_and_torch_save(net_type: type[nn.Module]) -> None:
 
 
 def test_refused_rather_than_ignored() -> None:
-    rule = Rule(op_types=["Linear"], options=[OpConfig(weight=TensorScheme(), recovery=("x",))])
+    rule = Rule(op_types=["Linear"], options=[OpConfig(weight=TensorScheme(), recovery=("qat",))])
     with pytest.raises(UnsupportedError, match="recovery"):
         fit(mlp(), [X], config=TuningConfig(space=SearchSpace(rules=[rule])))
     config = TuningConfig(goal=AccuracyGoal(metric="top1"))

@@ -257,8 +257,8 @@ def _uniform(ready: Prepared) -> tuple[UniformPlan, ...]:
     return uniform_plans(ready.space.space)
 
 
-def test_recovery_is_refused() -> None:
-    rule = Rule(options=[OpConfig(weight=W4, recovery=("smooth_quant",))])
+def test_training_is_refused_without_a_function_for_it() -> None:
+    rule = Rule(options=[OpConfig(weight=W4, recovery=("lsq",))])
     with pytest.raises(UnsupportedError, match="recovery"):
         prepared(seeded(ConvNet), SearchSpace(rules=[rule]))
 

@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[type[TunerError], str, dict[str, Any]]] = {
         r"^0, weight: .*axis 5 does not exist; choose one from -2 to 1",
         {"weights": TensorScheme(granularity=PerChannel(5))},
     ),
-    "a repair": (UnsupportedError, "recovery", {"rules": [option(OpConfig(recovery=("x",)))]}),
+    "a repair": (UnsupportedError, "recovery", {"rules": [option(OpConfig(recovery=("gptq",)))]}),
     "forward alone": (TunerError, "give calib_dataloader", {"forward": len, "weights": "int8"}),
     "forward": (TunerError, "forward is a int", {"forward": 3, "weights": "int8"}),
     "no ops": (

@@ -1,0 +1,91 @@
+"""Weights rounded by what they multiply: the moments that calibration keeps, and what uses them."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from tuner import formats
+from tuner.errors import SpaceError
+from tuner.ops import Op, WeightRef
+from tuner.ranges import QParams
+from tuner.recovery.gptq import gptq
+from tuner.recovery.moments import InputMoments, moments_for
+from tuner.repairs import GPTQ
+from tuner.schemes import TensorScheme
+from tuner.sites import Call
+
+_METHODS: Mapping[str, Callable[..., tuple[Tensor, QParams]]] = {GPTQ: gptq}
+
+
+class Rounder:
+    """Rounds weights by the second moments of the inputs of their ops.
+
+    `watch` must see the calibration data first. A weight that several ops use is left out: each of
+    them would round it otherwise.
+    """
+
+    def __init__(self, ops: Iterable[Op], wanted: Iterable[str]) -> None:
+        ops, names = list(ops), set(wanted)
+        uses: dict[str, int] = {}
+        for op in ops:
+            for ref in op.weights:
+                uses[ref.path] = uses.get(ref.path, 0) + 1
+        own = (op for op in ops if len(op.weights) == 1 and uses[op.weights[0].path] == 1)
+        self._refs = {op.name: op.weights[0] for op in own if op.name in names}
+        self._moments: dict[str, InputMoments | None] = {}
+        self._factors: dict[str, Tensor] = {}
+
+    def watch(self, op: str, call: Call, index: int, x: Tensor) -> None:
+        """Add the operand of a call, where the op is wanted and this operand meets its weight."""
+        ref = self._refs.get(op)
+        if ref is None or index != (1 if ref.operand == 0 else 0):
+            return
+        if op not in self._moments:
+            self._moments[op] = moments_for(call, ref, x)
+        if (moments := self._moments[op]) is not None:
+            moments.update(call, x)
+
+    def rescale(self, op: str, factors: Tensor) -> None:
+        """Tell that the input channels of an op are divided by factors `[in]` from now on."""
+        self._factors[op] = factors
+
+    def can_round(self, op: str) -> bool:
+        """Return whether there is enough to go by."""
+        moments = self._moments.get(op)
+        return moments is not None and moments.count > 0
+
+    def refuse_vain(self, asked: Iterable[str]) -> None:
+        """Raise SpaceError where the weight of an op cannot be rounded as a rule asks."""
+        for name in asked:
+            if not self.can_round(name):
+                raise SpaceError(
+                    f"{name}: its weight cannot be rounded by what it multiplies: that takes a "
+                    "Linear, a convolution or a product with one matrix, with a weight of its own, "
+                    "at most 8192 inputs, and data that reach it. Leave the recovery out"
+                )
+
+    def rounded(self, ref: WeightRef, weight: Tensor, scheme: TensorScheme, method: str) -> Tensor:
+        """Return a weight on the grid of its scheme, rounded by a method of `repairs.ROUNDINGS`."""
+        op = next(name for name, known in self._refs.items() if known.key == ref.key)
+        second = self._second(op).to(weight.device)
+        value, _ = _METHODS[method](weight, second, scheme, axis=ref.axis)
+        return torch.empty_like(weight).copy_(value)  # in its memory format
+
+    def _second(self, op: str) -> Tensor:
+        moments = self._moments[op]
+        assert moments is not None
+        second = moments.second
+        assert second is not None
+        factors = self._factors.get(op)
+        if factors is None:
+            return second
+        groups, width = second.shape[:2]
+        inverse = (1 / factors).view(groups, -1)
+        inverse = inverse.repeat_interleave(width // inverse.shape[1], 1).to(second)
+        return second * inverse[:, :, None] * inverse[:, None, :]
+
+
+def can_have(scheme: TensorScheme) -> bool:
+    """Return whether rounding otherwise than to nearest can help: formats with few values."""
+    return formats.get(scheme.format).has_codes and scheme.bits < 8
