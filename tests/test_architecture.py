@@ -40,8 +40,8 @@ ORDER = (
     ("storage_errors",),
     ("report", "exporters", "results", "progress", "storage"),
     ("op_table", "saving", "quantized_model", "preparation", "simulate"),
-    ("evaluation", "sweep_entries"),
-    ("session", "sweep"),
+    ("evaluation", "sweep_entries", "trainable_model", "training_result", "training_progress"),
+    ("session", "sweep", "trainable_preparation", "training"),
     ("quantization", "recipes"),
     ("cli",),
 )

@@ -74,13 +74,17 @@ class LearnedQuantizer(nn.Module):
         step = LearnedStep(self.scheme, 1.0, self.zero_point)
         return step.qparams(self.scale, self.offset)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the tensor rounded; raises DataError before there is a scale."""
+    def check_ready(self) -> None:
+        """Raise DataError where there is no scale."""
         if not self._is_ready:
             raise DataError(
                 "a learned scale has no value yet: run a batch in training mode first, or give "
                 "prepare_qat() a calib_dataloader"
             )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the tensor rounded; raises DataError before there is a scale."""
+        self.check_ready()
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return Quantizer(*self._spelled(self.qparams(), x))(x)
         scheme, learned = self._spelled(QParams(self.scale, self.offset), x)

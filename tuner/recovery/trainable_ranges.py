@@ -25,6 +25,9 @@ class OwnQuantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Keep nothing."""
 
+    def check_ready(self) -> None:
+        """Do nothing: no range is needed."""
+
     def qparams(self) -> QParams | None:
         """Return None: the tensor itself gives the parameters."""
         return None
@@ -86,13 +89,17 @@ class RangeQuantizer(nn.Module):
         """Return the parameters now, as a scheme of this operand has them."""
         return qparams_from_range(self.low, self.high, self.scheme)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the tensor rounded; raises DataError before there is a range."""
+    def check_ready(self) -> None:
+        """Raise DataError where there is no range."""
         if not self._is_ready:
             raise DataError(
                 "an activation has no range yet: run a batch in training mode first, or give "
                 "prepare_qat() a calib_dataloader"
             )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the tensor rounded; raises DataError before there is a range."""
+        self.check_ready()
         with torch.no_grad():
             scheme, qparams = along_axis(self.scheme, self.qparams(), tuple(x.shape))
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
