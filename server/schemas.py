@@ -147,6 +147,8 @@ class OpChoice(_Answer):
     size_bytes: float | str
     bops: float | str
     cost_share: float | str
+    repairs: list[str] = []
+    unrepaired_damage: float | str | None = None
 
 
 class Event(_Answer):

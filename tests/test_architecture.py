@@ -39,7 +39,7 @@ ORDER = (
     ("op_rules", "search_space", "rescaling"),
     ("storage_errors",),
     ("report", "exporters", "results", "progress", "storage"),
-    ("op_table", "saving", "quantized_model", "preparation", "simulate"),
+    ("op_table", "predictions", "saving", "quantized_model", "preparation", "simulate"),
     ("evaluation", "sweep_entries", "trainable_model", "training_result", "training_progress"),
     ("session", "sweep", "trainable_preparation", "training"),
     ("quantization", "recipes"),

@@ -14,8 +14,10 @@ from tuner.data_pass import DataPass
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges, Watcher
+from tuner.op_table import Damages
 from tuner.operands import OUTPUT, Operands, check_operands, static_operands
 from tuner.ops import Op
+from tuner.predictions import Predictions, predicted
 from tuner.presets import Candidate
 from tuner.progress import Progress
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
@@ -23,19 +25,14 @@ from tuner.recovery.rounder import Rounder, can_have
 from tuner.recovery.scaling import Scaling
 from tuner.repairs import ROUNDINGS
 from tuner.rescaling import Candidates, Rescaling, with_scalings
-from tuner.schemes import OpConfig, TensorScheme
+from tuner.schemes import TensorScheme
 from tuner.search_space import (
-    FLOAT,
     TuningSpace,
-    best_variants,
     build_space,
     candidates_of,
     components_wanted,
 )
 from tuner.sensitivity import SAMPLES, SensitivityAnalysis
-
-Options = dict[str, dict[str, dict[str, Any]]]
-"""Op → label → {"config", "damage"}."""
 
 Payload = dict[str, Any]
 """What a resumed study must not compute anew: options, ranges of activations, scalings."""
@@ -50,9 +47,10 @@ class Prepared:
     folded: tuple[FoldedPair, ...]
     costs: CostModel
     space: TuningSpace
-    damages: Mapping[str, Mapping[OpConfig, float]]
+    damages: Damages
+    unrepaired: Damages
     payload: Payload
-    scalings: tuple[Scaling, ...] = ()
+    scalings: tuple[Scaling, ...]
 
 
 class Preparation:
@@ -104,22 +102,29 @@ class Preparation:
             scalings = rescaling.run(ranges, self._candidates)
             self._rescale(rounder, scalings)
             self._candidates = with_scalings(self._candidates, scalings)
-            stored = self._predict(progress, rounder)
+            stored = self._predict(progress, rounder, scalings)
             payload = {
-                "options": stored,
+                "options": stored.options,
                 "ranges": ranges.entries(self._statics(stored)),
                 "scalings": [scaling.to_dict() for scaling in scalings],
             }
-        options = payload["options"]
-        candidates = _candidates_from(options)
-        damages = {
-            op: {c.config: options[op][c.label]["damage"] for c in found}
-            for op, found in candidates.items()
-        }
+        predictions = Predictions(payload["options"])
+        damages = predictions.damages
         needless = folded_names(self.model.model, pairs)
         costs = CostModel(self.model.model, graph, needless)
-        space = build_space(graph.ops, candidates, damages, costs, self._config.objective)
-        return Prepared(self.model, graph, pairs, costs, space, damages, payload, scalings)
+        objective = self._config.objective
+        space = build_space(graph.ops, predictions.candidates, damages, costs, objective)
+        return Prepared(
+            model=self.model,
+            graph=graph,
+            folded=pairs,
+            costs=costs,
+            space=space,
+            damages=damages,
+            unrepaired=predictions.unrepaired,
+            payload=payload,
+            scalings=scalings,
+        )
 
     def signature(self) -> str:
         """Describe the options of every op, whatever their damage: what a resumed study shares."""
@@ -151,11 +156,11 @@ class Preparation:
             for name, found in components.items()
         }
 
-    def _statics(self, options: Options) -> list[tuple[str, int, TensorScheme]]:
+    def _statics(self, stored: Predictions) -> list[tuple[str, int, TensorScheme]]:
         """Return every static activation scheme that the options use."""
         ops = self._data.graph.ops
         found: dict[tuple[str, int, TensorScheme], None] = {}
-        for name, candidates in _candidates_from(options).items():
+        for name, candidates in stored.candidates.items():
             for candidate in candidates:
                 for index, scheme in static_operands(ops[name], candidate.config):
                     found[name, index, scheme] = None
@@ -183,7 +188,9 @@ class Preparation:
                 module = self.model.model.get_submodule(name)
                 rounder.rescale(name, scaling.input_factors(module))
 
-    def _predict(self, progress: Progress, rounder: Rounder) -> Options:
+    def _predict(
+        self, progress: Progress, rounder: Rounder, scalings: Iterable[Scaling]
+    ) -> Predictions:
         ops = self._data.graph.ops
 
         def roundings(op: str, scheme: TensorScheme) -> tuple[str, ...]:
@@ -193,33 +200,9 @@ class Preparation:
         progress.phase("predicting damage", None)
         analysis = SensitivityAnalysis(self.model, self._data.feeder, components, self._config.seed)
         found = analysis.run(self._data.kept, self._data.late, progress.advance)
-        payload: Options = {}
-        for name, options in self._candidates.items():
-            op = ops[name]
-            if name in found:
-                options = best_variants(op, options, found[name])
-            payload[name] = {
-                option.label: {
-                    "config": option.config.model_dump(mode="json"),
-                    "damage": found[name].damage(op, option.config) if name in found else 0.0,
-                }
-                for option in options
-            }
-        return payload
+        return predicted(ops, self._candidates, found, scalings)
 
 
 def _asking(candidates: Candidates) -> list[str]:
     """Return the ops for which rules ask for a rounding."""
     return [name for name, found in candidates.items() if any(c.config.rounding for c in found)]
-
-
-def _candidates_from(payload: Options) -> Candidates:
-    return {
-        op: [
-            FLOAT
-            if label == FLOAT.label
-            else Candidate(label, OpConfig.model_validate_json(json.dumps(entry["config"])))
-            for label, entry in options.items()
-        ]
-        for op, options in payload.items()
-    }

@@ -231,7 +231,14 @@ def _with_goal(baseline: TrialRecord, prepared: Prepared, config: TuningConfig) 
 
 
 def _op_table(prepared: Prepared, plan: Plan, config: TuningConfig) -> Any:
-    return op_table(prepared.graph, plan, prepared.costs, prepared.damages, config.objective)
+    return op_table(
+        prepared.graph,
+        plan,
+        prepared.costs,
+        prepared.damages,
+        config.objective,
+        prepared.unrepaired,
+    )
 
 
 def _finished(prepared: Prepared, result: TuningResult) -> QuantizedModel:

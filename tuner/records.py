@@ -86,6 +86,7 @@ class OpSummary:
 
     `shape` is the weight's shape, or the output's where the op has no weight; `choice` is a label
     such as W4A8 or FP32; `cost_share` is the op's share (0…1) of the plan's cost in the objective.
+    `repairs` are those of the choice, and `unrepaired_damage` what is predicted without them.
     """
 
     name: str
@@ -98,9 +99,19 @@ class OpSummary:
     size_bytes: float
     bops: float
     cost_share: float
+    repairs: tuple[str, ...] = ()
+    unrepaired_damage: float | None = None
+
+    @property
+    def repair_gain(self) -> float | None:
+        """How many times less damage the repairs are predicted to leave, None without any."""
+        if not self.repairs or self.unrepaired_damage is None or self.predicted_damage <= 0:
+            return None
+        return self.unrepaired_damage / self.predicted_damage
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping of strict JSON."""
+        plain = self.unrepaired_damage
         return {
             "name": self.name,
             "type": self.type,
@@ -112,11 +123,14 @@ class OpSummary:
             "size_bytes": encode_float(self.size_bytes),
             "bops": encode_float(self.bops),
             "cost_share": encode_float(self.cost_share),
+            "repairs": list(self.repairs),
+            "unrepaired_damage": None if plain is None else encode_float(plain),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "OpSummary":
-        """Read what `to_dict` wrote."""
+        """Read what `to_dict` wrote, in this version or before there were repairs."""
+        plain = data.get("unrepaired_damage")
         return cls(
             name=str(data["name"]),
             type=str(data["type"]),
@@ -128,6 +142,8 @@ class OpSummary:
             size_bytes=float(data["size_bytes"]),
             bops=float(data["bops"]),
             cost_share=float(data["cost_share"]),
+            repairs=tuple(map(str, data.get("repairs", ()))),
+            unrepaired_damage=None if plain is None else float(plain),
         )
 
 

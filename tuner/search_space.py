@@ -143,10 +143,19 @@ def components_wanted(
         unique: dict[Component, None] = {}
         for candidate in options:
             for component in components_of(ops[name], candidate.config):
-                given = [component] if candidate.given else _variants(name, component, roundings)
-                unique.update(dict.fromkeys(given))
+                if candidate.given:
+                    variants = list(dict.fromkeys((component, _to_nearest(component))))
+                else:
+                    variants = _variants(name, component, roundings)
+                unique.update(dict.fromkeys(variants))
         wanted[name] = list(unique)
     return wanted
+
+
+def _to_nearest(component: Component) -> Component:
+    """Return a weight as it is without the repair that rounds it, anything else as it is."""
+    index, scheme = component
+    return (WEIGHT, scheme) if index in WEIGHT_ROUNDED.values() else component
 
 
 def _variants(op: str, component: Component, roundings: Roundings) -> list[Component]:

@@ -7,7 +7,7 @@ damage is that of `tuner.sensitivity`, ½ Σ (g·Δ)², so trying factors costs 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,10 @@ class ScaleSearch:
             return None
         harms = [self._harm(scaling, configs) for scaling in found]
         best = min(range(len(found)), key=harms.__getitem__)
-        if wanted is not None:
-            return found[best]
         plain = Scaling(chain, EQUALIZATION, torch.ones(chain.channels, dtype=torch.float64))
-        return found[best] if harms[best] < self._harm(plain, configs) / _ENOUGH else None
+        gain = self._harm(plain, configs) / harms[best]
+        is_enough = wanted is not None or gain > _ENOUGH
+        return replace(found[best], gain=gain) if is_enough else None
 
     def _candidates(self, chain: Chain, wanted: str | Repair | None) -> Iterator[Scaling]:
         name = wanted.name if isinstance(wanted, Repair) else wanted

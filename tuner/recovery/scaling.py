@@ -28,12 +28,14 @@ _TOLERANCE = 1e-4  # of the largest output: more than rounding does, less than a
 class Scaling:
     """The output of a chain's producer is divided by `factors` `[channels]`, on every channel.
 
-    `repair` is where the factors come from.
+    `repair` is where the factors come from; `gain` how many times less damage they leave in the
+    options of the consumers, as predicted.
     """
 
     chain: Chain
     repair: str | Repair
     factors: Tensor
+    gain: float = 1.0
 
     def input_factors(self, module: nn.Module) -> Tensor:
         """Return the factors of a consumer's input channels: flattened ones repeat."""
@@ -48,7 +50,8 @@ class Scaling:
             "channels": self.chain.channels,
             "caps": list(self.chain.caps),
         }
-        return {**chain, "repair": repair, "factors": self.factors.tolist()}
+        factors = self.factors.tolist()
+        return {**chain, "repair": repair, "factors": factors, "gain": self.gain}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Scaling":
@@ -61,7 +64,8 @@ class Scaling:
         )
         given = data["repair"]
         repair = given if isinstance(given, str) else Repair.model_validate(given)
-        return cls(chain, repair, torch.tensor(data["factors"], dtype=torch.float64))
+        factors = torch.tensor(data["factors"], dtype=torch.float64)
+        return cls(chain, repair, factors, float(data["gain"]))
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ def render(source: ReportSource) -> str:
         plot=scatter(source),
         front={record.number for record in source.pareto()},
         rows=_op_rows(source.op_table),
+        repaired=[op for op in source.op_table if op.repairs],
         shades=SHADES,
         uncovered_share=_uncovered_share(source),
         config=source.config.model_dump_json(indent=2),
