@@ -3,20 +3,17 @@
 Frantar et al., ICLR 2023 (arXiv 2210.17323), section 3.
 """
 
-import logging
-
 import torch
 from torch import Tensor
 
-from tuner.kernels import compute_dtype
-from tuner.qparams import compute_qparams, fake_quantize
 from tuner.ranges import QParams
-from tuner.recovery.rounding_grid import MatrixGrid, matrix_grid, permuted
-from tuner.recovery.rounding_matrix import as_matrix, as_weight, checked_second, row_choice
+from tuner.recovery.rounding_grid import MatrixGrid, permuted
+from tuner.recovery.rounding_matrix import damped
+from tuner.recovery.rounding_problem import RoundingProblem
 from tuner.schemes import TensorScheme
 
-_log = logging.getLogger(__name__)
-
+DAMPING = 0.01
+_BLOCK = 128
 _MORE_DAMPING = (1.0, 10.0, 100.0, 1000.0)
 """Times the damping: what is tried where the Hessian stays singular."""
 
@@ -29,8 +26,8 @@ def gptq(
     *,
     axis: int = 0,
     act_order: bool = True,
-    damping: float = 0.01,
-    block: int = 128,
+    damping: float = DAMPING,
+    block: int = _BLOCK,
     qparams: QParams | None = None,
 ) -> tuple[Tensor, QParams]:
     """Return a weight rounded to its own grid so that the op's output changes little.
@@ -50,61 +47,58 @@ def gptq(
     of no use. Inputs that are always 0 are rounded to nearest. Raises SchemeError where the moments
     do not fit the weight.
     """
-    weight, second = weight.detach(), checked_second(weight, second, axis)
-    qparams = compute_qparams(weight, scheme) if qparams is None else qparams
-    nearest = fake_quantize(weight, scheme, qparams)
-    grid = matrix_grid(weight, scheme, qparams, len(second), axis)
-    factor = None if grid is None else _Factor.of(second, damping, act_order)
-    if grid is None or factor is None or not bool(weight.isfinite().all()):
-        _log.debug("%s weight %s is rounded to nearest", scheme.format, list(weight.shape))
-        return nearest, qparams
-    dtype = compute_dtype(weight.dtype)
-    exact, fallback = (as_matrix(w, len(second), axis).to(dtype) for w in (weight, nearest))
-    columns = permuted(exact.mT, factor.order).contiguous()
-    rounded = _compensated(columns, grid.permuted(factor.order), factor.upper.to(dtype), block)
-    back = permuted(rounded, factor.order.argsort(1)).mT
-    chosen = as_weight(row_choice(fallback, back, exact, second), tuple(weight.shape), axis)
-    return fake_quantize(chosen.to(weight.dtype), scheme, qparams), qparams
+    problem = RoundingProblem.of(weight, second, scheme, axis, qparams)
+    return problem.solved(solve_by_gptq(problem, act_order, damping, block))
 
 
-class _Factor:
-    """The order of the columns, and U with UᵀU = H⁻¹ of the columns in that order."""
-
-    def __init__(self, order: Tensor, upper: Tensor) -> None:
-        self.order = order
-        self.upper = upper
-
-    @classmethod
-    def of(cls, second: Tensor, damping: float, act_order: bool) -> "_Factor | None":
-        """Return the factor of the damped second moments; None where they are of no use.
-
-        H = R Rᵀ with R upper triangular gives U = R⁻¹ without H⁻¹; R is a Cholesky factor of H with
-        rows and columns turned round. In fp64, because the condition number of H may be 1e6.
-        """
-        hessian = second.double()
-        diagonal = hessian.diagonal(dim1=1, dim2=2)
-        alive = diagonal > 0
-        if not bool(hessian.isfinite().all()) or not bool(alive.any()):
-            return None
-        order = diagonal.argsort(dim=1, descending=True, stable=True)
-        if not act_order:
-            order = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        hessian = permuted(permuted(hessian, order).mT, order)
-        mean = diagonal.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)
-        dead = (~alive).gather(1, order).double()  # a 1 there leaves such a column to itself
-        for times in _MORE_DAMPING:
-            more = mean * damping * times + dead
-            turned = (hessian + torch.diag_embed(more)).flip(1, 2)
-            lower, info = torch.linalg.cholesky_ex(turned)
-            if not bool(info.any()):
-                eye = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
-                upper = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-                return cls(order, upper.flip(1, 2))
+def solve_by_gptq(
+    problem: RoundingProblem,
+    act_order: bool = True,
+    damping: float = DAMPING,
+    block: int = _BLOCK,
+) -> Tensor | None:
+    """Return a solution `[groups, n, out/groups]`, or None where there is none but the nearest."""
+    if problem.grid is None or not problem.is_usable:
         return None
+    order = column_order(problem.second, act_order)
+    upper = _upper_factor(problem.second, damping, order)
+    if upper is None:
+        return None
+    columns = permuted(problem.columns, order).contiguous()
+    rounded = _compensated(columns, problem.grid.permuted(order), upper.to(columns), block)
+    return permuted(rounded, order.argsort(1))
+
+
+def column_order(second: Tensor, act_order: bool = True) -> Tensor:
+    """Return the order of the columns `[groups, n]`: the largest E[x²] first, or as they are."""
+    diagonal = second.diagonal(dim1=1, dim2=2)
+    if act_order:
+        return diagonal.argsort(dim=1, descending=True, stable=True)
+    return torch.arange(diagonal.shape[1], device=second.device).expand_as(diagonal)
+
+
+def _upper_factor(second: Tensor, damping: float, order: Tensor) -> Tensor | None:
+    """Return U with UᵀU = H⁻¹, of the damped moments in this order; None where they are singular.
+
+    H = R Rᵀ with R upper triangular gives U = R⁻¹ without H⁻¹; R is a Cholesky factor of H with
+    rows and columns turned round. In fp64, because the condition number of H may be 1e6.
+    """
+    hessian = permuted(permuted(second.double(), order).mT, order)
+    dead = (hessian.diagonal(dim1=1, dim2=2) <= 0).double()  # a 1 leaves such a column to itself
+    for times in _MORE_DAMPING:
+        more = damped(hessian, damping * times) + torch.diag_embed(dead)
+        lower, info = torch.linalg.cholesky_ex(more.flip(1, 2))
+        if not bool(info.any()):
+            eye = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
+            inverse: Tensor = torch.linalg.solve_triangular(
+                lower, eye.expand_as(lower), upper=False
+            )
+            return inverse.flip(1, 2)
+    return None
 
 
 def _compensated(columns: Tensor, grid: MatrixGrid, upper: Tensor, block: int) -> Tensor:
-    """Round Wᵀ `[groups, n, out/groups]` column by column; algorithm 1 of the paper."""
+    """Round Wᵀ `[groups, n, out/groups]` column by column: algorithm 1 of the paper. Spoils Wᵀ."""
     rounded = torch.empty_like(columns)
     length = columns.shape[1]
     for start in range(0, length, block):

@@ -43,24 +43,21 @@ class MatrixGrid:
         """Return the nearest values of the grid."""
         return codec_of(self.fmt).round_(self._steps(x), self.low, self.high).mul_(self.scale)
 
-    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the values of the grid next to x: the last one up to it, and the first above it.
+    def beside(self, values: Tensor, upward: Tensor) -> Tensor:
+        """Return the next value of the grid above values that lie on it, where `upward`, or below.
 
-        Beyond the ends of the grid both are its end; so they are in formats of over 16 bits.
+        At the ends of the grid it is the value itself; so it is in formats of over 16 bits.
         """
-        steps = self._steps(x)
+        steps = self._steps(values)
         if self.fmt.kind == "int":
-            below = steps.floor_()
-            pair = below, below + 1
-            below, above = (clamp_steps(value, self.low, self.high) for value in pair)
-        elif self.fmt.bits <= _TABLE_BITS:
-            table = _values(self.fmt).to(steps)
-            index = torch.searchsorted(table, steps, right=True)
-            below, above = table[(index - 1).clamp_(min=0)], table[index.clamp(max=len(table) - 1)]
-        else:
-            below = codec_of(self.fmt).round_(steps, self.low, self.high)
-            above = below.clone()
-        return below.mul_(self.scale), above.mul_(self.scale)
+            steps.round_().add_(torch.where(upward, 1.0, -1.0))
+            return clamp_steps(steps, self.low, self.high).mul_(self.scale)
+        if self.fmt.bits > _TABLE_BITS:
+            return values.clone()
+        table = _values(self.fmt).to(steps)
+        index = torch.bucketize(steps, (table[1:] + table[:-1]) / 2)
+        index = (index + torch.where(upward, 1, -1)).clamp_(0, len(table) - 1)
+        return table[index].mul_(self.scale)
 
     def _steps(self, x: Tensor) -> Tensor:
         return torch.div(x, self.scale) if self.inverse is None else x * self.inverse

@@ -38,6 +38,18 @@ def output_errors(delta: Tensor, second: Tensor) -> Tensor:
     return ((delta @ second.to(delta)) * delta).sum(-1)
 
 
+def damped(second: Tensor, damping: float) -> Tensor:
+    """Return H with a fraction of the mean of its diagonal, dead inputs left out, added to it.
+
+    It keeps weights whose inputs are hardly seen near what they are.
+    """
+    diagonal = second.diagonal(dim1=1, dim2=2)
+    alive = (diagonal > 0).sum(1, keepdim=True).clamp(min=1)
+    return second + torch.diag_embed(
+        (damping * diagonal.sum(1, keepdim=True) / alive).expand_as(diagonal)
+    )
+
+
 def checked_second(weight: Tensor, second: Tensor, axis: int) -> Tensor:
     """Return the second moments, detached; raises SchemeError where they do not fit the weight."""
     groups = second.shape[0] if second.ndim == 3 else 0

@@ -159,7 +159,7 @@ def test_what_is_of_no_use_is_rounded_to_nearest(
         second.diagonal(dim1=1, dim2=2).fill_(1e-3)
     else:
         weight[0, 0] = math.nan
-    with caplog.at_level(logging.DEBUG, logger="tuner.recovery.gptq"):
+    with caplog.at_level(logging.DEBUG, logger="tuner.recovery"):
         rounded, _ = gptq(weight, second, INT4)
     torch.testing.assert_close(rounded, fake_quantize(weight, INT4), rtol=0, atol=0, equal_nan=True)
     assert "rounded to nearest" in caplog.text
