@@ -1,7 +1,7 @@
 """A model that trains under its plan: TrainableModel, and what its optimizer gets."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -23,7 +23,7 @@ from tuner.quantized_model import QuantizedModel
 from tuner.ranges import QParams, step_bounds
 from tuner.recovery.folding import FoldedPair
 from tuner.recovery.learned import LearnedQuantizer
-from tuner.recovery.trainable_quantizers import QuantizerTable
+from tuner.recovery.trainable_quantizers import Quantized
 from tuner.recovery.trainable_site import Switch
 from tuner.results import TuningResult
 from tuner.saving import Parts
@@ -49,13 +49,18 @@ class LearnedRange:
 
 @dataclass(frozen=True, eq=False)
 class TrainableParts:
-    """What a trainable model is made of; `result` says of the plan what is known before."""
+    """What a trainable model is made of.
+
+    `operands` says of each quantizer of which operand of which op, or of which weight, it is;
+    `result` what is known of the plan before training.
+    """
 
     model: InstrumentedModel
     plan: Plan
     folded: tuple[FoldedPair, ...]
     result: TuningResult
-    table: QuantizerTable
+    quantizers: nn.ModuleDict
+    operands: Mapping[str, Quantized]
     switch: Switch
     feeder: Feeder
 
@@ -75,7 +80,7 @@ class TrainableModel(nn.Module):
     def __init__(self, parts: TrainableParts, quant_start_step: int = 0) -> None:
         super().__init__()
         self.model = parts.model.model
-        self.quantizers = parts.table.quantizers
+        self.quantizers = parts.quantizers
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.quant_start_step = quant_start_step
         self.accuracy: float | None = None
@@ -179,13 +184,13 @@ class TrainableModel(nn.Module):
         return replace(result, best=best)
 
     def _learned_weights(self) -> Iterator[tuple[WeightRef, LearnedQuantizer]]:
-        for key, (_, operand) in self._parts.table.operands.items():
+        for key, (_, operand) in self._parts.operands.items():
             quantizer = self.quantizers[key]
             if isinstance(operand, WeightRef) and isinstance(quantizer, LearnedQuantizer):
                 yield operand, quantizer
 
     def _ranges(self) -> Iterator[LearnedRange]:
-        for key, (op, operand) in self._parts.table.operands.items():
+        for key, (op, operand) in self._parts.operands.items():
             quantizer: Any = self.quantizers[key]
             qparams = quantizer.qparams() if quantizer.is_ready else None
             if qparams is None:
@@ -234,7 +239,7 @@ class _Frozen:
 
     def __init__(self, model: TrainableModel) -> None:
         self._known: dict[tuple[str, int], QParams | None] = {}
-        for key, (op, operand) in model._parts.table.operands.items():
+        for key, (op, operand) in model._parts.operands.items():
             if isinstance(operand, int):
                 quantizer: Any = model.quantizers[key]
                 self._known[op, operand] = _detached(quantizer)

@@ -227,9 +227,15 @@ def _trainable(start: _Start, choices: Choices, quant_start_step: int) -> Traina
             f"method={choices.method!r} has no scale to learn: the plan has only block formats, "
             "formats without a scale, or dynamic scales. Use method='qat', or other schemes"
         )
-    model = start.model
     parts = TrainableParts(
-        model, start.plan, start.folded, start.result, table, switch, start.feeder
+        model=start.model,
+        plan=start.plan,
+        folded=start.folded,
+        result=start.result,
+        quantizers=table.quantizers,
+        operands=table.operands,
+        switch=switch,
+        feeder=start.feeder,
     )
     trainable = TrainableModel(parts, quant_start_step)
     if start.batches and not trainable.is_ready:
@@ -250,11 +256,13 @@ def _trained(plan: Mapping[str, OpConfig]) -> Plan:
 def _result(
     model: InstrumentedModel, graph: OpGraph, plan: Plan, folded: tuple[FoldedPair, ...]
 ) -> TuningResult:
-    """Return what is known of a plan that no search found: its costs."""
+    """Return what is known of a plan that no search found: its costs, where data were read."""
     config = TuningConfig()
-    costs = CostModel(model.model, graph, folded_names(model.model, folded))
     whole = Plan({name: plan.get(name, OpConfig.float()) for name in graph.ops})
     float_plan = Plan(dict.fromkeys(graph.ops, OpConfig.float()))
+    costs: CostModel | None = None
+    if graph.nodes:
+        costs = CostModel(model.model, graph, folded_names(model.model, folded))
     best = _unjudged(1, whole, costs, "given to prepare_qat()")
     return TuningResult(
         config=config,
@@ -263,19 +271,19 @@ def _result(
         trials=(best,),
         stop_reason="no_eval_func",
         evaluations=0,
-        op_table=op_table(graph, whole, costs, {}, config.objective),
+        op_table=() if costs is None else op_table(graph, whole, costs, {}, config.objective),
         uncovered=graph.uncovered,
         unreached=graph.unreached,
     )
 
 
-def _unjudged(number: int, plan: Plan, costs: CostModel, reason: str) -> TrialRecord:
+def _unjudged(number: int, plan: Plan, costs: CostModel | None, reason: str) -> TrialRecord:
     return TrialRecord(
         number=number,
         plan=plan,
         accuracy=None,
         metrics={},
-        costs=costs.costs(plan).to_dict(),
+        costs={} if costs is None else costs.costs(plan).to_dict(),
         meets_goal=None,
         state="complete",
         duration_s=0.0,

@@ -98,7 +98,7 @@ class _Given:
         loss = self._train_func(self._model)
         if loss is None:
             return None
-        value = float(loss)
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if not math.isfinite(value):
             raise _NotFinite(value, "train_func returned")
         return value

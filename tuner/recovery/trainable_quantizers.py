@@ -28,6 +28,9 @@ KnownRange = Callable[[str, int, TensorScheme], QParams | None]
 KnownWeight = Callable[[WeightRef, TensorScheme], QParams]
 """Returns the parameters that a weight is quantized with before it is trained."""
 
+Quantized = tuple[str, int | WeightRef]
+"""An op, and its operand (OUTPUT for the output) or a weight of it."""
+
 _UNTOUCHED = OpConfig(output=TensorScheme(format="fp32"))
 
 
@@ -57,7 +60,7 @@ class QuantizerTable:
 
     def __init__(self, model: InstrumentedModel, choices: Choices, known: Known) -> None:
         self.quantizers = nn.ModuleDict()
-        self.operands: dict[str, tuple[str, int | WeightRef]] = {}
+        self.operands: dict[str, Quantized] = {}
         self._model = model
         self._choices = choices
         self._known = known

@@ -70,11 +70,12 @@ class TrainableSite(Site):
         self._forward = own_class(owner).forward
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "note": str}
+        return {**self.__dict__, "note": str, "_forward": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.note = self._described
+        self._forward = own_class(self.owner).forward
 
     def run(
         self, family: Family, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]

@@ -1,0 +1,410 @@
+"""A trainable model on every kind of network: what it computes, trains, counts and becomes."""
+
+import copy
+import io
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.tuner.nets import (
+    ALL,
+    Attention,
+    ConvNet,
+    Functional,
+    Recurrent,
+    Tied,
+    inputs_for,
+    main_output,
+    seeded,
+)
+from tests.tuner.training.tasks import (
+    INPUTS,
+    METHODS,
+    WEIGHTS,
+    Perceptron,
+    batches,
+    prepared,
+    step,
+    train,
+)
+from tuner import OpConfig, PerChannel, PerGroup, Plan, Rule, TensorScheme, quantization
+from tuner.errors import TunerError
+from tuner.qparams import fake_quantize
+from tuner.trainable_model import TrainableModel, parameter_groups
+from tuner.trainable_preparation import prepare_qat
+
+FP32 = {"rtol": 1e-5, "atol": 1e-6}
+OUTPUTS = TensorScheme(format="int8")
+
+
+def evaluated(model: nn.Module, batch: Tensor) -> Tensor:
+    with torch.no_grad():
+        return main_output(model.eval()(batch))
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # Branching
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("net_type", ALL, ids=lambda t: t.__name__)
+class TestEveryNetwork:
+    def test_trains_and_becomes_a_quantized_model_of_the_same_outputs(
+        self, net_type: type[nn.Module], method: str, tmp_path: Path
+    ) -> None:
+        net = seeded(net_type)
+        batch = inputs_for(net)
+        model = prepared(net, [batch], method=method, outputs=OUTPUTS)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, [batch] * 3)
+        moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert all("never" in name for name in idle)
+        assert {name for name, p in model.named_parameters() if p.grad is not None} >= set(moved)
+        assert int(model.steps) == 3
+        expected = evaluated(model, batch)
+        frozen = model.to_quantized()
+        assert torch.equal(evaluated(frozen, batch), expected)
+        frozen.save(tmp_path)
+        loaded = quantization.load(tmp_path, seeded(net_type))
+        assert torch.equal(evaluated(loaded, batch), expected)
+
+    def test_training_goes_on_bit_for_bit_from_a_checkpoint(
+        self, net_type: type[nn.Module], method: str
+    ) -> None:
+        net = seeded(net_type)
+        data = [inputs_for(net, samples) for samples in (8, 6, 8, 6)]
+        options = {"method": method, "outputs": OUTPUTS, "quant_start_step": 1}
+        straight = prepared(net, data[:1], **options)
+        train(straight, data)
+        first = prepared(net, data[:1], **options)
+        optimizer = train(first, data[:2])
+        checkpoint = io.BytesIO()
+        torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
+        checkpoint.seek(0)
+        stored = torch.load(checkpoint, weights_only=True)
+        resumed = prepared(net, data[:1], **options)
+        resumed.load_state_dict(stored["model"])
+        optimizer = torch.optim.Adam(parameter_groups(resumed, 1e-2))
+        optimizer.load_state_dict(stored["optimizer"])
+        for batch in data[2:]:
+            step(resumed, optimizer, batch)
+        assert same_state(straight, resumed)
+        assert torch.equal(evaluated(straight, data[0]), evaluated(resumed, data[0]))
+
+    def test_the_users_model_is_not_touched(self, net_type: type[nn.Module], method: str) -> None:
+        net = seeded(net_type)
+        batch = inputs_for(net)
+        before, classes = copy.deepcopy(net.state_dict()), [type(m) for m in net.modules()]
+        random = torch.get_rng_state()
+        model = prepared(net, [batch], method=method)
+        assert torch.equal(random, torch.get_rng_state())
+        train(model, [batch])
+        assert [type(m) for m in net.modules()] == classes
+        assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+        assert not any(m.training for m in net.modules())
+
+
+class TestForward:
+    @pytest.mark.parametrize("name", ["int4", "int2", "e2m1", "mxfp4"])
+    def test_a_linear_layer_is_its_rounded_parts(self, name: str) -> None:
+        net = nn.Linear(32, 5)
+        x = torch.randn(4, 32)
+        scheme = TensorScheme(format=name)
+        model = prepare_qat(net, calib_dataloader=[x], inputs=scheme, weights=scheme)
+        expected = F.linear(fake_quantize(x, scheme), fake_quantize(net.weight, scheme), net.bias)
+        torch.testing.assert_close(model(x), expected, **FP32)
+
+    def test_gradients_of_a_layer_pass_inside_the_ranges_only(self) -> None:
+        net = nn.Linear(4, 3)
+        scheme = TensorScheme(format="int3", granularity=PerChannel(0))
+        model = prepare_qat(net, weights=scheme, method="lsq")
+        scale = next(iter(model.scales().values()))
+        with torch.no_grad():
+            scale.mul_(0.4)  # so that weights are outside
+        x = torch.randn(6, 4)
+        model(x).sum().backward()
+        v = net.weight / scale.detach().unsqueeze(1)
+        inside = (v >= -4) & (v <= 3)
+        assert not inside.all()
+        assert inside.any()
+        (weight,) = (p for n, p in model.model.named_parameters() if n == "weight")
+        torch.testing.assert_close(weight.grad, torch.where(inside, x.sum(0).expand(3, 4), 0.0))
+
+    def test_warm_up_counts_optimizer_steps_and_averages_ranges(self) -> None:
+        model = prepared(Perceptron(), None, quant_start_step=2)
+        plain = copy.deepcopy(model.model)
+        data = batches()
+        range_ = model.quantizers["first:input0"]
+        lows = []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for index, batch in enumerate(data):
+            assert model.is_quantizing is (index >= 2)
+            output = model(batch)
+            float_output = F.linear(
+                torch.relu(F.linear(batch, plain.first.weight, plain.first.bias)),
+                plain.second.weight,
+                plain.second.bias,
+            )
+            assert torch.equal(output, float_output) is (index < 2)
+            lows.append(float(range_.low))  # type: ignore[arg-type]
+            output.sum().backward()
+            optimizer.step()
+        expected = float(data[0].min())
+        for batch, low in zip(data, lows, strict=True):
+            expected = 0.99 * expected + 0.01 * float(batch.min())
+            assert low == pytest.approx(expected)
+
+    def test_in_eval_mode_it_is_quantized_and_ranges_rest_whatever_the_warm_up(self) -> None:
+        data = batches()
+        model = prepared(Perceptron(), data, quant_start_step=10)
+        before = copy.deepcopy(model.quantizers.state_dict())
+        quantized = evaluated(model, data[0] * 3)
+        model.train()
+        assert not torch.equal(quantized, model(data[0] * 3))
+        model.eval()
+        model.load_state_dict({**model.state_dict()})
+        model.quantizers.load_state_dict(before)
+        model.quantizers.train()  # the mode of the op's own module counts
+        evaluated(model.model, data[0] * 3)
+        after = model.quantizers.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    def test_gradient_accumulation_counts_steps_and_not_calls(self) -> None:
+        model = prepared(Perceptron(), batches())
+        optimizer = torch.optim.SGD(parameter_groups(model, 0.1))
+        for index, batch in enumerate(batches(6)):
+            model(batch).sum().backward()
+            if index % 3 == 2:
+                optimizer.step()
+        assert int(model.steps) == 2
+
+    def test_two_optimizers_make_one_step_and_strangers_none(self) -> None:
+        model = prepared(Perceptron(), batches(), method="lsq")
+        weights = torch.optim.SGD(model.model.parameters(), lr=0.1)
+        scales = torch.optim.Adam(model.scales().values(), lr=0.01)
+        stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+        for batch in batches(3):
+            model(batch).sum().backward()
+            for optimizer in (stranger, weights, scales):
+                optimizer.step()
+        assert int(model.steps) == 3
+        model.count_step()
+        assert int(model.steps) == 4
+
+    def test_a_shared_model_keeps_its_hooks_and_methods(self) -> None:
+        model = prepared(Perceptron(), batches())
+        seen: list[torch.Size] = []
+        model.model.second.register_forward_hook(lambda m, a, y: seen.append(y.shape))  # type: ignore[union-attr, operator]
+        assert isinstance(model.model, Perceptron)
+        assert isinstance(model.model.second, nn.Linear)
+        model(batches()[0])
+        assert seen == [torch.Size([8, 3])]
+
+
+class TestPlans:
+    def test_bits_differ_by_rule(self) -> None:
+        rule = Rule(names=["second"], options=[OpConfig(weight=TensorScheme(format="int2"))])
+        model = prepared(Perceptron(), batches(), method="lsq", rules=[rule])
+        bits = {(r.name, r.operand): r.bits for r in model.learned_ranges()}
+        assert bits == {
+            ("first.weight", "weight"): 4,
+            ("first", "input 0"): 8,
+            ("second.weight", "weight"): 2,
+        }
+
+    def test_inputs_weights_and_outputs_have_scales_of_their_own(self) -> None:
+        model = prepared(seeded(Functional), [inputs_for(seeded(Functional))], method="lsq")
+        names = set(model.quantizers)
+        assert {"/bmm:0:input0", "/bmm:0:input1"} <= names
+        attention = {f"/scaled_dot_product_attention:0:input{i}" for i in range(4)}
+        assert attention <= names
+        assert {"w", "k", "qkv[0:16]", "qkv[16:32]", "qkv[32:48]"} <= names
+
+    def test_a_tied_weight_has_one_scale_and_gradients_of_both_uses(self) -> None:
+        net = seeded(Tied)
+        model = prepared(net, [inputs_for(net)], method="lsq")
+        inner = model.model
+        assert inner.head.weight is inner.embed.weight
+        assert [name for name in model.scales() if "weight" in name] == [
+            "quantizers.embed/weight.scale",
+            "quantizers.body/weight.scale",
+        ]
+        main_output(model(inputs_for(net))).sum().backward()
+        with_both = inner.embed.weight.grad.clone()
+        model.zero_grad()
+        inner.embed(inputs_for(net)).sum().backward()
+        assert not torch.equal(with_both, inner.embed.weight.grad)
+
+    def test_convolution_and_norm_are_folded_as_the_paper_says(self) -> None:
+        net = seeded(ConvNet)
+        batch = inputs_for(net)
+        model = prepared(net, [batch])
+        norm, layer = net.bn, net.conv
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        folded = model.model.conv
+        torch.testing.assert_close(folded.weight, layer.weight * factor.view(-1, 1, 1, 1), **FP32)
+        torch.testing.assert_close(folded.bias, norm.bias - norm.running_mean * factor, **FP32)
+        before = norm.running_mean.clone()
+        train(model, [batch])
+        assert torch.equal(model.model.bn.running_mean, before)
+        assert not any(p.requires_grad for p in model.model.bn.parameters())
+
+    def test_a_bias_is_rounded_too(self, tmp_path: Path) -> None:
+        config = OpConfig(weight=WEIGHTS, inputs=INPUTS, bias=TensorScheme(format="int32"))
+        net = Perceptron()
+        for method in METHODS:
+            plan = Plan({"first": config, "second": config})
+            model = prepare_qat(net, plan, batches(), method=method)
+            train(model, batches())
+            expected = evaluated(model, batches()[0])
+            assert torch.equal(evaluated(model.to_quantized(), batches()[0]), expected)
+            model.to_quantized().save(tmp_path / method)
+            loaded = quantization.load(tmp_path / method, net)
+            assert torch.equal(evaluated(loaded, batches()[0]), expected)
+
+    @pytest.mark.parametrize("granularity", [PerChannel(-1), PerGroup(4)], ids=str)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_activations_with_scales_along_an_axis(self, granularity: object, method: str) -> None:
+        scheme = TensorScheme(format="int4", granularity=granularity)
+        model = prepared(Perceptron(), batches(), inputs=scheme, method=method)
+        train(model, batches())
+        expected = evaluated(model, batches()[0])
+        assert torch.equal(evaluated(model.to_quantized(), batches()[0]), expected)
+
+    def test_another_format_flows_back(self) -> None:
+        scheme = TensorScheme(format="int8", backward_format="e2m1")
+        x = torch.randn(5, 4, requires_grad=True)
+        model = prepare_qat(nn.Linear(4, 4), calib_dataloader=[x.detach()], inputs=scheme)
+        model(x).backward(torch.randn(5, 4))
+        assert x.grad is not None
+        span = float(x.grad.abs().max())
+        codes = x.grad.abs() / span * 6
+        grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6.0])
+        assert float((codes.unsqueeze(-1) - grid).abs().amin(-1).max()) < 1e-5
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_fitted_model_goes_on_from_its_plan(self, method: str, tmp_path: Path) -> None:
+        net = seeded(ConvNet)
+        batch = inputs_for(net)
+        fitted = quantization.fit(net, [batch], progress=False)
+        fitted.save(tmp_path)
+        for source in (fitted, quantization.load(tmp_path, net)):
+            before = evaluated(source, batch)
+            model = prepare_qat(source, method=method)
+            assert model.is_ready
+            start = evaluated(model, batch)
+            torch.testing.assert_close(start, before, rtol=0.05, atol=0.05)
+            train(model, [batch])
+            assert torch.equal(evaluated(source, batch), before)
+            frozen = model.to_quantized()
+            assert frozen.plan.keys() == fitted.plan.keys()
+            assert "trained for 1 steps" in frozen.result.best.reason
+
+
+class TestState:
+    def test_names_are_the_users_and_the_quantizers(self) -> None:
+        net = Perceptron()
+        model = prepared(net, batches(), method="lsq")
+        state = model.state_dict()
+        assert {f"model.{name}" for name in net.state_dict()} < state.keys()
+        assert "quantizers.first/weight.scale" in state
+        assert "quantizers.second:input0.zero_point" in state
+        assert int(state["steps"]) == 0
+
+    def test_groups_hold_every_parameter_once(self) -> None:
+        model = prepared(seeded(Attention), [inputs_for(seeded(Attention))], method="lsq+")
+        groups = parameter_groups(model, 1e-3, scale_lr=1e-5, weight_decay=0.1)
+        held = [id(p) for group in groups for p in group["params"]]
+        assert len(held) == len(set(held))
+        assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
+        (scales,) = (group for group in groups if group["lr"] == 1e-5)
+        assert {id(p) for p in scales["params"]} == {id(p) for p in model.scales().values()}
+        assert scales["weight_decay"] == 0
+        assert all(p.ndim > 1 for group in groups if group["weight_decay"] for p in group["params"])
+
+    def test_copies_train_on_their_own(self) -> None:
+        model = prepared(Perceptron(), batches(), method="lsq")
+        other, third = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for twin in (other, third):
+            assert same_state(model, twin)
+            train(twin, batches(2))
+            assert int(twin.steps) == 2
+            assert not same_state(model, twin)
+        assert same_state(other, third)
+        assert int(model.steps) == 0
+
+    def test_ranges_are_what_the_model_rounds_with(self) -> None:
+        model = prepared(Perceptron(), batches(), method="lsq+")
+        train(model, batches())
+        found = {(r.name, r.operand): r for r in model.learned_ranges()}
+        activation, weight = found["second", "input 0"], found["second.weight", "weight"]
+        frozen = model.to_quantized()._parts.model
+        expected = frozen.qparams("second", 0, INPUTS)
+        assert expected is not None
+        assert torch.equal(activation.scale, torch.as_tensor(expected.scale))
+        assert int(activation.zero_point) == int(expected.zero_point)  # type: ignore[arg-type]
+        zero = float(activation.zero_point)
+        assert float(activation.minimum) == pytest.approx((-128 - zero) * float(activation.scale))
+        assert float(activation.maximum) == pytest.approx((127 - zero) * float(activation.scale))
+        assert weight.scale.shape == (3,)
+        torch.testing.assert_close(weight.maximum, 7 * weight.scale)
+        rounded = dict(frozen.model.named_parameters())["second.weight"]
+        codes = rounded / weight.scale.unsqueeze(1)
+        torch.testing.assert_close(codes, codes.round(), **FP32)
+
+    def test_learned_scales_move_and_stay_positive(self) -> None:
+        model = prepared(Perceptron(), batches(), method="lsq")
+        groups = parameter_groups(model, 0.0, scale_lr=0.5)
+        optimizer = torch.optim.SGD(groups)
+        for batch in batches(6):
+            step(model, optimizer, batch)
+        assert all(float(r.scale.min()) > 0 for r in model.learned_ranges())
+        assert math.isfinite(float(evaluated(model, batches()[0]).sum()))
+
+    def test_bf16_autocast_trains(self) -> None:
+        for method in METHODS:
+            model = prepared(seeded(Attention), [inputs_for(seeded(Attention))], method=method)
+            optimizer = torch.optim.SGD(parameter_groups(model, 0.1))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(inputs_for(model.model)).float().square().mean()
+            loss.backward()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained)
+            assert all(torch.isfinite(p.grad).all() for p in trained if p.grad is not None)
+            optimizer.step()
+            assert int(model.steps) == 1
+
+    def test_a_bf16_model_trains_and_becomes_the_same(self) -> None:
+        for method in METHODS:
+            net, data = Perceptron().bfloat16(), [b.bfloat16() for b in batches()]
+            model = prepared(net, data, method=method)
+            train(model, data)
+            expected = evaluated(model, data[0])
+            assert torch.equal(evaluated(model.to_quantized(), data[0]), expected)
+
+    def test_ranges_must_be_known_before_it_is_frozen(self) -> None:
+        model = prepared(Perceptron(), None)
+        assert not model.is_ready
+        with pytest.raises(TunerError, match="training mode first"):
+            model.to_quantized()
+        model(batches()[0])
+        assert model.is_ready
+        assert isinstance(model, TrainableModel)
+        model.to_quantized()
+
+    def test_recurrent_weights_get_gradients_through_their_rounding(self) -> None:
+        net = seeded(Recurrent)
+        tokens = inputs_for(net)
+        model = prepared(net, [tokens], method="lsq")
+        main_output(model(tokens)).sum().backward()
+        scales = {n: p for n, p in model.scales().items() if "lstm" in n and "weight" in n}
+        assert len(scales) == 8
+        assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in scales.values())
