@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tuner import formats
 from tuner.granularity import PerBlock, PerGroup, PerTensor
-from tuner.kernels import Grid, check_floats, snap, snap_rows
+from tuner.kernels import Grid, check_floats, codec_of, snap, snap_rows
 from tuner.qparams import (
     QParams,
     check_qparams,
@@ -30,6 +30,7 @@ class Quantizer:
             check_qparams(scheme, qparams)
         elif not fmt.scaled:
             qparams = QParams(1.0)
+        codec_of(fmt)  # made now: torch.compile would compile anew for a table that grows
         self.scheme = scheme
         self.qparams = qparams
         self._grids: dict[tuple[torch.device, torch.dtype], Grid] = {}

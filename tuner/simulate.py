@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -14,13 +16,16 @@ from tuner.isolation import copied, isolated_random_state
 from tuner.model import InstrumentedModel
 from tuner.op_rules import Shapes, fitted, matching_ops
 from tuner.operands import OUTPUT, Operands, static_operands
-from tuner.ops import Op
+from tuner.ops import FAMILY_OF_MODULE, FUNCTIONS, Op
 from tuner.plan import Plan
 from tuner.ranges import QParams
 from tuner.records import describe_config
 from tuner.schemes import OpConfig, TensorScheme
 
 _log = logging.getLogger(__name__)
+
+_TYPES = {family.op_type for family in FAMILY_OF_MODULE.values()}
+_TYPES |= {family.op_type for _, family in FUNCTIONS.values()}
 
 Model = TypeVar("Model", bound=nn.Module)
 SchemeOrName = TensorScheme | str
@@ -76,10 +81,11 @@ def simulate(
         output=as_scheme("outputs", outputs),
     )
     _check_reading(calib_dataloader, forward, calib_samples)
-    shapes = parameter_shapes(model) if isinstance(model, nn.Module) else {}
-    wish = Wish(config, shapes, _checked_rules(rules))
+    rules = _checked_rules(rules)
     with isolated_random_state():
         instrumented = InstrumentedModel(copied(model))
+        paths = tuple(path for path, _ in instrumented.model.named_modules())
+        wish = Wish(config, parameter_shapes(instrumented.model), rules, paths)
         if calib_dataloader is None:
             instrumented.install(instrumented.module_ops(), _NoRanges())
         else:
@@ -93,12 +99,22 @@ def simulate(
 
 
 class Wish:
-    """What the user wants: one configuration for all ops, and rules for some."""
+    """What the user wants: one configuration for all ops, and rules for some.
 
-    def __init__(self, config: OpConfig, shapes: Shapes, rules: tuple[Rule, ...] = ()) -> None:
+    `paths` are those of the model's modules: a rule may name one that later batches reach.
+    """
+
+    def __init__(
+        self,
+        config: OpConfig,
+        shapes: Shapes,
+        rules: tuple[Rule, ...] = (),
+        paths: tuple[str, ...] = (),
+    ) -> None:
         self.config = config
         self.shapes = shapes
         self.rules = rules
+        self.paths = paths
 
     def plan(self, ops: Mapping[str, Op]) -> Plan:
         """Return the plan for these ops; raises SpaceError for a rule that matches nothing."""
@@ -108,8 +124,13 @@ class Wish:
         return Plan(chosen)
 
     def operands(self, ops: Mapping[str, Op]) -> Operands:
-        """Return the operands of each op that need a range."""
-        plan = self.plan(ops)
+        """Return the operands of each op that need a range.
+
+        A rule may speak of ops that later batches reach; raises SpaceError where it cannot.
+        """
+        reached = [_reached(ops, rule, self.paths) for rule in self.rules]
+        rules = tuple(rule for rule in reached if rule is not None)
+        plan = Wish(self.config, self.shapes, rules).plan(ops)
         return {name: static_operands(ops[name], config) for name, config in plan.items()}
 
     def _default(self, op: Op) -> OpConfig:
@@ -157,6 +178,18 @@ def as_scheme(name: str, given: SchemeOrName | None) -> TensorScheme | None:
     return given
 
 
+def check_calib_samples(calib_samples: object) -> None:
+    """Raise TunerError unless this is None or a whole number above 0."""
+    if calib_samples is None:
+        return
+    if isinstance(calib_samples, bool) or not isinstance(calib_samples, Integral):
+        raise TunerError(
+            f"calib_samples is {calib_samples!r}: give a whole number above 0, or None for all data"
+        )
+    if calib_samples < 1:
+        raise TunerError(f"calib_samples is {calib_samples}: give 1 or more, or None for all data")
+
+
 class _NoRanges:
     """Stands for calibration where there is no data."""
 
@@ -196,7 +229,34 @@ def _by_rule(ops: Mapping[str, Op], rule: Rule, shapes: Shapes) -> dict[str, OpC
     return chosen
 
 
+def _reached(ops: Mapping[str, Op], rule: Rule, paths: tuple[str, ...]) -> Rule | None:
+    """Return a rule without the types and names that no op has so far, None if it says nothing.
+
+    Raises SpaceError for a type or name that no later batch can bring.
+    """
+    types = [t for t in rule.op_types or () if any(op.type == t for op in ops.values())]
+    names = [glob for glob in rule.names or () if any(fnmatchcase(name, glob) for name in ops)]
+    may_come = all(glob in names or _may_come(glob, paths) for glob in rule.names or ())
+    if not may_come or not all(t in _TYPES for t in rule.op_types or ()):
+        matching_ops(ops, rule)  # says which names are near
+    known = rule.op_types and tuple(types), rule.names and tuple(names)
+    if () in known:
+        return None
+    reached = rule.model_copy(update={"op_types": known[0], "names": known[1]})
+    try:
+        matching_ops(ops, reached)
+    except SpaceError:  # no op of these types has had one of these names
+        return None
+    return reached
+
+
+def _may_come(glob: str, paths: tuple[str, ...]) -> bool:
+    """Return whether a glob may speak of a functional call, or of a module of the model."""
+    return "/" in glob or any(fnmatchcase(path, glob) for path in paths)
+
+
 def _check_reading(loader: object, forward: object, calib_samples: object) -> None:
+    check_calib_samples(calib_samples)
     if forward is not None and not callable(forward):
         raise TunerError(f"forward is a {type(forward).__name__}: give a function")
     for name, value in (("forward", forward), ("calib_samples", calib_samples)):

@@ -13,8 +13,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
+from tuner.errors import SchemeError
+from tuner.operands import OUTPUT, operand_name
 from tuner.ops import FUNCTIONS, Family, Operand, multihead_attention
 from tuner.quantizer import Quantizer
 from tuner.subclasses import set_class, subclassed
@@ -38,7 +41,8 @@ class Call:
 class Site:
     """The quantizers that sit on one op; `inputs` is indexed by operand.
 
-    `note` tells what they are, for the model's repr; `calls` counts how often the op ran.
+    `note` tells what they are, for the model's repr; `calls` counts how often the op ran (in
+    compiled code it says only that it did).
     """
 
     def __init__(self, name: str) -> None:
@@ -52,9 +56,12 @@ class Site:
         return {**self.__dict__, "note": partial(str, self.note())}
 
     def operand(self, index: int, x: Tensor) -> Tensor:
-        """Fake-quantize an operand, where a quantizer sits on it."""
+        """Fake-quantize an operand, where a quantizer sits on it.
+
+        Raises SchemeError where a static scheme has scales for an axis of another size.
+        """
         quantizer = self.inputs[index] if index < len(self.inputs) else None
-        return x if quantizer is None else quantizer(x)
+        return x if quantizer is None else self._quantized(quantizer, index, x)
 
     def splits(self, index: int) -> bool:
         """Return whether an operand may be fake-quantized in pieces."""
@@ -65,16 +72,28 @@ class Site:
         self, family: Family, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
         """Compute a call as this site's quantizers say."""
-        self.calls += 1
+        if torch.compiler.is_compiling():
+            self.calls = 1  # reading it would be a guard, and each call compiled anew
+        else:
+            self.calls += 1
         output = family.compute(self.operand, self.splits, fn, args, kwargs)
         if self.output is None:
             return output
-        return self.output(output) if isinstance(output, Tensor) else self._first(output)
+        if isinstance(output, Tensor):
+            return self._quantized(self.output, OUTPUT, output)
+        return (self._first(self.output, output[0]), *output[1:])
 
-    def _first(self, output: Any) -> Any:
-        assert self.output is not None
-        head = self.output(output[0])
-        return (head, *output[1:])
+    def _first(self, quantizer: Quantizer, head: Any) -> Any:
+        """Fake-quantize the sequence that a recurrent layer returns, packed or not."""
+        if isinstance(head, PackedSequence):
+            return head._replace(data=self._quantized(quantizer, OUTPUT, head.data))
+        return self._quantized(quantizer, OUTPUT, head)
+
+    def _quantized(self, quantizer: Quantizer, index: int, x: Tensor) -> Tensor:
+        try:
+            return quantizer(x)
+        except SchemeError as error:
+            raise SchemeError(f"{operand_name(self.name, index)}: {error}") from error
 
 
 class Tap(Protocol):

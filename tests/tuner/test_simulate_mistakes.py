@@ -69,6 +69,17 @@ REFUSED: dict[str, tuple[type[TunerError], str, dict[str, Any]]] = {
     "a repair": (UnsupportedError, "recovery", {"rules": [option(OpConfig(recovery=("gptq",)))]}),
     "forward alone": (TunerError, "give calib_dataloader", {"forward": len, "weights": "int8"}),
     "forward": (TunerError, "forward is a int", {"forward": 3, "weights": "int8"}),
+    "lazy": (ModelError, "lazy modules", {"model": nn.LazyLinear(4), "weights": "int8"}),
+    "no samples": (
+        TunerError,
+        "calib_samples is 0: give 1 or more",
+        {"weights": "int8", "calib_dataloader": [torch.ones(2, 8)], "calib_samples": 0},
+    ),
+    "samples as text": (
+        TunerError,
+        "calib_samples is '3': give a whole number",
+        {"weights": "int8", "calib_dataloader": [torch.ones(2, 8)], "calib_samples": "3"},
+    ),
     "no ops": (
         SpaceError,
         "no op takes these.*Without calib_dataloader only modules",
