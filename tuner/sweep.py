@@ -1,29 +1,33 @@
 """How a model withstands fewer and fewer bits: sweep() and SweepResult."""
 
 import json
+import math
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from tuner.criteria import AccuracyGoal
-from tuner.errors import SaveError, SpaceError, TunerError, TuningCancelled
-from tuner.evaluation import EvalFunc, Evaluator, evaluate_baseline
+from tuner.errors import SaveError, SpaceError, TunerError, TuningCancelled, UnsupportedError
+from tuner.evaluation import Attempt, EvalFunc, Evaluator, evaluate_baseline
 from tuner.isolation import copied, isolated_random_state
 from tuner.model import InstrumentedModel
+from tuner.op_rules import Shapes
 from tuner.operands import Operands, Static, static_operands
 from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.progress import Progress
-from tuner.records import TrialRecord, decode_floats, encode_floats
+from tuner.records import TrialRecord, encode_float, encode_floats, storable
 from tuner.report import sweep as plot
 from tuner.schemes import OpConfig, TensorScheme
-from tuner.simulate import calibrate_for
-from tuner.sweep_entries import PARTS, Entry, Part, read_entries, read_parts
+from tuner.scores import Score
+from tuner.simulate import calibrate_for, check_calib_samples, parameter_shapes
+from tuner.sweep_entries import PARTS, Entry, Part, channel_axes, read_entries, read_parts
 
 _VERSION = 1
 FORMATS = ("int8", "int7", "int6", "int5", "int4", "int3", "int2")
@@ -52,6 +56,9 @@ class SweepRow:
     def reason(self) -> str | None:
         """The last line of the error."""
         return None if self.error is None else self.error.strip().rpartition("\n")[2]
+
+
+_ROW = TypeAdapter(SweepRow)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class SweepResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping of strict JSON that holds the whole result."""
-        rows = [asdict(row) | {"metrics": encode_floats(row.metrics)} for row in self.rows]
+        rows = [_row_to_dict(row) for row in self.rows]
         goal = self.goal.model_dump(mode="json")
         return {"version": _VERSION, "baseline": self.baseline, "goal": goal, "rows": rows}
 
@@ -109,9 +116,9 @@ class SweepResult:
         try:
             if data["version"] != _VERSION:
                 raise SaveError(f"sweep version {data['version']!r}: this tuner reads {_VERSION}")
-            rows = (SweepRow(**{**r, "metrics": decode_floats(r["metrics"])}) for r in data["rows"])
             goal = AccuracyGoal.model_validate_json(json.dumps(data["goal"]))
-            return cls(float(data["baseline"]), tuple(rows), goal)
+            rows = tuple(map(_row_from_dict, data["rows"]))
+            return cls(_finite(data["baseline"]), rows, goal)
         except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
             raise SaveError(f"not a sweep ({type(error).__name__}: {error})") from error
 
@@ -131,8 +138,9 @@ def sweep(
     """Evaluate a model under each format: on its weights only, its inputs only, and both.
 
     FP32 is evaluated once, the data are read once, and plans are exchanged in place on one copy.
-    What `eval_func` raises under a format, NaN too, becomes that row's error, and the sweep goes
-    on. Batch norm is not folded.
+    What `eval_func` raises under a format, NaN too, becomes that row's error, and so does a format
+    that cannot be put on the model; the sweep goes on. TuningCancelled ends it with the rows so
+    far; Ctrl-C is raised again with them as its `sweep_result`. Batch norm is not folded.
 
     Args:
         model: the float model; it is never changed.
@@ -141,7 +149,8 @@ def sweep(
         formats: names, TensorSchemes (for weights and inputs as they are) or ("name", OpConfig).
             A name puts integers on as the presets do (weights per channel and symmetric, inputs
             per tensor and affine, from MSE), other scaled formats with weights per channel and
-            inputs per tensor from minmax, block formats as they are.
+            inputs per tensor from minmax, block formats as they are. A bias scheme is for the
+            ops that have a bias, and counts under "both" only.
         parts: any of "weights", "inputs" (all activations) and "both".
         goal: which metric counts, which direction is better, and what drop is allowed (1 % of
             FP32 by default).
@@ -155,11 +164,16 @@ def sweep(
     """
     entries, wanted = read_entries(formats), read_parts(parts)
     goal = _checked(eval_func, forward, goal)
+    check_calib_samples(calib_samples)
+    cases = [(entry, part) for entry in entries for part in entry.parts(wanted)]
+    if not cases:
+        raise TunerError(f"parts is {wanted}, but formats hold schemes for other parts only")
     with isolated_random_state() as random_state, Progress(progress) as bar:
         instrumented = InstrumentedModel(copied(model))
         bar.start(goal.describe(), None)
         bar.phase("calibrating")
-        calibrate_for(instrumented, calib_dataloader, _operands_of(entries), forward, calib_samples)
+        plans = _Plans(cases, parameter_shapes(instrumented.model))
+        calibrate_for(instrumented, calib_dataloader, plans.operands, forward, calib_samples)
         if not any(op.by_default for op in instrumented.ops.values()):
             found = ", ".join(instrumented.ops) or "none"
             raise SpaceError(
@@ -168,7 +182,30 @@ def sweep(
         evaluate = Evaluator(eval_func, goal.metric, random_state)
         bar.phase("evaluating FP32")
         baseline = evaluate_baseline(evaluate, instrumented.model, {})
-        return _Sweep(instrumented, evaluate, goal, baseline, bar).run(entries, wanted)
+        return _Sweep(instrumented, plans, evaluate, goal, baseline, bar).run()
+
+
+class _Plans:
+    """What is put on, case by case."""
+
+    def __init__(self, cases: Sequence[tuple[Entry, Part]], shapes: Shapes) -> None:
+        self.cases = cases
+        self._shapes = shapes
+
+    def plan(self, ops: Mapping[str, Op], entry: Entry, part: Part) -> Plan:
+        """Return the plan of one case for these ops."""
+        axes = channel_axes(ops, self._shapes)
+        default = (op for op in ops.values() if op.by_default)
+        return Plan({op.name: entry.on(op, part, axes[op.name], self._shapes) for op in default})
+
+    def operands(self, ops: Mapping[str, Op]) -> Operands:
+        """Return the operands of each op that need a range, in any case."""
+        found: dict[str, dict[Static, None]] = {}
+        for entry, part in self.cases:
+            for name, config in self.plan(ops, entry, part).items():
+                statics = static_operands(ops[name], config)
+                found.setdefault(name, {}).update(dict.fromkeys(statics))
+        return {name: tuple(statics) for name, statics in found.items()}
 
 
 class _Sweep:
@@ -177,6 +214,7 @@ class _Sweep:
     def __init__(
         self,
         model: InstrumentedModel,
+        plans: _Plans,
         evaluate: Evaluator,
         goal: AccuracyGoal,
         baseline: TrialRecord,
@@ -184,6 +222,7 @@ class _Sweep:
     ) -> None:
         assert baseline.accuracy is not None
         self._model = model
+        self._plans = plans
         self._evaluate = evaluate
         self._goal = goal
         self._baseline = baseline
@@ -191,22 +230,26 @@ class _Sweep:
         self._progress = progress
         self._records: list[TrialRecord] = []
 
-    def run(self, entries: Sequence[Entry], wanted: Sequence[Part]) -> SweepResult:
-        """Evaluate every part of every entry; TuningCancelled ends it with the rows so far."""
-        cases = [(entry, part) for entry in entries for part in entry.parts(wanted)]
+    def run(self) -> SweepResult:
+        """Evaluate every case; TuningCancelled ends it with the rows so far."""
+        cases = self._plans.cases
         self._progress.start(self._goal.describe(self._fp32), len(cases))
-        rows = []
+        rows: list[SweepRow] = []
         try:
             for entry, part in cases:
                 rows.append(self._row(entry, part))
         except TuningCancelled:
             pass
+        except KeyboardInterrupt as interrupt:
+            interrupt.sweep_result = self._result(rows)  # type: ignore[attr-defined]
+            raise
+        return self._result(rows)
+
+    def _result(self, rows: Sequence[SweepRow]) -> SweepResult:
         return SweepResult(self._fp32, tuple(rows), self._goal)
 
     def _row(self, entry: Entry, part: Part) -> SweepRow:
-        ops = self._model.ops.values()
-        plan = Plan({op.name: entry.on(op, part) for op in ops if op.by_default})
-        self._model.apply(plan)
+        plan = self._plans.plan(self._model.ops, entry, part)
         record = self._evaluated(plan, f"{entry.name} {part}")
         self._records.append(record)
         complete = [r for r in (self._baseline, *self._records) if r.accuracy is not None]
@@ -227,28 +270,32 @@ class _Sweep:
         )
 
     def _evaluated(self, plan: Plan, reason: str) -> TrialRecord:
-        attempt = self._evaluate.attempt(self._model.model)
+        attempt = self._attempt(plan)
         accuracy = attempt.score.accuracy
         meets = attempt.error is None and self._goal.meets(accuracy, self._fp32)
         return attempt.record(len(self._records) + 1, plan, reason, {}, meets)
+
+    def _attempt(self, plan: Plan) -> Attempt:
+        try:
+            self._model.apply(plan)
+        except Exception:  # a format of the user's may raise anything: it is this row's failure
+            error = storable(traceback.format_exc())
+            self._take_off()
+            return Attempt(Score(float("nan")), 0.0, error)
+        return self._evaluate.attempt(self._model.model)
+
+    def _take_off(self) -> None:
+        """Give the model its float weights back, also those of an op that was half done."""
+        self._model.apply({})
+        for op in self._model.ops.values():
+            for ref in op.weights:
+                self._model.weights.set(ref, None)
 
     def _drop(self, accuracy: float | None) -> float:
         """Return how much worse than FP32 an accuracy is, in its own units."""
         assert accuracy is not None
         drop = self._fp32 - accuracy
         return drop if self._goal.prefers_higher else -drop
-
-
-def _operands_of(entries: Sequence[Entry]) -> Callable[[Mapping[str, Op]], Operands]:
-    def wanted(ops: Mapping[str, Op]) -> Operands:
-        found: dict[str, tuple[Static, ...]] = {}
-        for op in ops.values():
-            if op.by_default:
-                static = (s for e in entries for s in static_operands(op, e.on(op, "both")))
-                found[op.name] = tuple(dict.fromkeys(static))
-        return found
-
-    return wanted
 
 
 def _checked(eval_func: object, forward: object, goal: AccuracyGoal | None) -> AccuracyGoal:
@@ -259,7 +306,34 @@ def _checked(eval_func: object, forward: object, goal: AccuracyGoal | None) -> A
         raise TunerError(f"forward is a {type(forward).__name__}: give a function")
     if goal is not None and not isinstance(goal, AccuracyGoal):
         raise TunerError(f"goal is a {type(goal).__name__}: give an AccuracyGoal")
+    if goal is not None and goal.confidence is not None:
+        raise UnsupportedError(
+            "AccuracyGoal(confidence=…) is not supported by a sweep: leave it out"
+        )
     return AccuracyGoal() if goal is None else goal
+
+
+def _row_to_dict(row: SweepRow) -> dict[str, Any]:
+    drop = None if row.drop is None else encode_float(row.drop)
+    return asdict(row) | {"drop": drop, "metrics": encode_floats(row.metrics)}
+
+
+def _row_from_dict(data: Mapping[str, Any]) -> SweepRow:
+    """Read a row; raises ValueError or TypeError where it is none."""
+    row = _ROW.validate_python(data)
+    unknown = [name for name in data if not hasattr(row, name)]
+    if unknown:
+        raise ValueError(f"unknown fields {unknown}")
+    if row.accuracy is not None:
+        _finite(row.accuracy)
+    return row
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a score is {number}")
+    return number
 
 
 def _cell(row: SweepRow | None) -> str:

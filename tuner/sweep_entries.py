@@ -1,30 +1,32 @@
 """What a sweep puts on a model: from a format's name to the schemes of every op."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuner import formats
+from tuner.biases import bias_problem
 from tuner.errors import TunerError
 from tuner.granularity import PerChannel
-from tuner.op_rules import fitted
+from tuner.op_rules import Shapes, fitted
 from tuner.ops import Op
 from tuner.schemes import OpConfig, TensorScheme
 
 Part = Literal["weights", "inputs", "both"]
 PARTS: tuple[Part, ...] = ("weights", "inputs", "both")
 _CLIPPED_BELOW_BITS = 8  # as in the presets: clipping pays at few levels only
+_ANY_BIAS = OpConfig(bias=TensorScheme(format="int8"))  # int32 asks for a weight and an input, too
 
 
 @dataclass(frozen=True)
 class Entry:
     """One format of a sweep: its name, and `config(axis)` for an op.
 
-    `axis` is that of the output channels of the op's weight, 0 where it has none.
+    `axis` is that of the output channels of the op's weight, None where it has none.
     """
 
     name: str
-    config: Callable[[int], OpConfig]
+    config: Callable[[int | None], OpConfig]
 
     def parts(self, wanted: Iterable[Part]) -> tuple[Part, ...]:
         """Return the wanted parts, without those that hold nothing or what another one holds."""
@@ -39,13 +41,36 @@ class Entry:
         """Return the bits of a part, the fewest of any tensor in it."""
         config = _part(self.config(0), part)
         inputs = config.inputs if isinstance(config.inputs, tuple) else (config.inputs,)
-        schemes = (config.weight, config.output, *inputs)
+        schemes = (config.weight, config.output, config.bias, *inputs)
         return min(scheme.bits for scheme in schemes if scheme is not None)
 
-    def on(self, op: Op, part: Part) -> OpConfig:
-        """Return what a part means for one op; of embeddings, the weight only."""
-        config = _part(self.config(op.weights[0].axis if op.weights else 0), part)
-        return fitted(op, config if op.activations else OpConfig(weight=config.weight), {})
+    def on(self, op: Op, part: Part, axis: int | None, shapes: Shapes) -> OpConfig:
+        """Return what a part means for one op; of embeddings, the weight only.
+
+        `shapes` are those of the model's parameters. Raises SpaceError or SchemeError where the op
+        lacks what is asked for, other than a bias.
+        """
+        config = _part(self.config(axis), part)
+        if not op.activations:
+            config = OpConfig(weight=config.weight)
+        elif config.bias is not None and bias_problem(op, _ANY_BIAS, shapes) is not None:
+            config = config.model_copy(update={"bias": None})
+        return fitted(op, config, shapes)
+
+
+def channel_axes(ops: Mapping[str, Op], shapes: Shapes) -> dict[str, int | None]:
+    """Return op → the axis of its weight's output channels, None where it has no such axis.
+
+    Ops that share a weight share its scales: their axis is that of the first. A vector has no
+    output channels: a scale for each of its values would leave nothing to round.
+    """
+    first: dict[object, int | None] = {}
+    axes: dict[str, int | None] = {}
+    for name, op in ops.items():
+        for ref in op.weights:
+            first.setdefault(ref.key, ref.axis if len(shapes[ref.path]) > 1 else None)
+        axes[name] = first[op.weights[0].key] if op.weights else None
+    return axes
 
 
 def read_entries(given: Any) -> tuple[Entry, ...]:
@@ -66,7 +91,8 @@ def read_entries(given: Any) -> tuple[Entry, ...]:
 
 def read_parts(given: Any) -> tuple[Part, ...]:
     """Read which parts are wanted; raises TunerError for others than weights, inputs and both."""
-    wanted = [given] if isinstance(given, str) else list(given)
+    is_one = isinstance(given, str) or not isinstance(given, Iterable)
+    wanted = [given] if is_one else list(given)
     unknown = [part for part in wanted if part not in PARTS]
     if unknown or not wanted:
         raise TunerError(f"parts is {given!r}: choose from {', '.join(map(repr, PARTS))}")
@@ -81,7 +107,11 @@ def _entry(item: Any) -> Entry:
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], OpConfig):
         if item[1].is_float:
             raise TunerError(f"formats holds {item[0]!r} with an OpConfig that quantizes nothing")
-        return _fixed(str(item[0]), item[1])
+        if not isinstance(item[0], str) or not item[0].strip() or not item[0].isprintable():
+            raise TunerError(
+                f"formats holds a pair with the name {item[0]!r}: give one line of printable text"
+            )
+        return _fixed(item[0], item[1])
     raise TunerError(
         f"formats holds {item!r}: give the name of a format, a TensorScheme or a pair "
         "('name', OpConfig(…))"
@@ -108,7 +138,9 @@ def _of_format(fmt: formats.Format) -> Entry:
         unsigned = f"uint{fmt.bits}" if f"uint{fmt.bits}" in formats.names() else fmt.name
         inputs = TensorScheme(format=unsigned, symmetric=False, calibration="mse")
 
-    def config(axis: int) -> OpConfig:
+    def config(axis: int | None) -> OpConfig:
+        if axis is None:
+            return OpConfig(weight=weight, inputs=inputs)
         per_channel = weight.model_copy(update={"granularity": PerChannel(axis)})
         return OpConfig(weight=per_channel, inputs=inputs)
 
@@ -119,5 +151,5 @@ def _part(config: OpConfig, part: Part) -> OpConfig:
     if part == "weights":
         return OpConfig(weight=config.weight)
     if part == "inputs":
-        return config.model_copy(update={"weight": None})
+        return config.model_copy(update={"weight": None, "bias": None})
     return config

@@ -25,6 +25,7 @@ from tuner.errors import (
     ModelError,
     SpaceError,
     UnknownNameError,
+    UnsupportedError,
 )
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -298,6 +299,20 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "float": (TunerError, "quantizes nothing", {"formats": [("mine", OpConfig.float())]}),
     "parts": (TunerError, "parts is .*choose from 'weights'", {"parts": ["weight"]}),
     "no parts": (TunerError, "choose from", {"parts": []}),
+    "parts None": (TunerError, "parts is None: choose from", {"parts": None}),
+    "nothing left": (
+        TunerError,
+        "schemes for other parts only",
+        {"formats": [("mine", OpConfig(inputs=A))], "parts": ["weights"]},
+    ),
+    "a name of two lines": (
+        TunerError,
+        "one line of printable text",
+        {"formats": [("a\nb", OpConfig(inputs=A))]},
+    ),
+    "a number as name": (TunerError, "with the name 4", {"formats": [(4, OpConfig(inputs=A))]}),
+    "confidence": (UnsupportedError, "confidence", {"goal": AccuracyGoal(confidence=0.9)}),
+    "samples": (TunerError, "calib_samples is -1: give 1 or more", {"calib_samples": -1}),
 }
 
 

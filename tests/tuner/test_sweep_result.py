@@ -50,6 +50,33 @@ def test_json_round_trip() -> None:
             SweepResult.from_dict(data)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"part": "all"},
+        {"format": 8},
+        {"bits": "eight"},
+        {"accuracy": "nan"},
+        {"drop": "x"},
+        {"error": 3},
+        {"colour": "red"},
+    ],
+    ids=str,
+)
+def test_rows_that_are_none_are_refused(fields: dict[str, Any]) -> None:
+    data = RESULT.to_dict()
+    data["rows"][0] |= fields
+    with pytest.raises(SaveError, match="not a sweep"):
+        SweepResult.from_dict(data)
+
+
+def test_a_drop_from_next_to_nothing_is_strict_json() -> None:
+    result = SweepResult(1e-320, (SweepRow("int8", 8, "both", -1.0, math.inf),))
+    text = json.dumps(result.to_dict(), allow_nan=False)
+    assert SweepResult.from_dict(json.loads(text)) == result
+    assert "inf" in result.summary()
+
+
 def test_the_summary_is_a_table() -> None:
     lines = RESULT.summary().splitlines()
     assert lines[0].split() == ["format", "bits", "weights", "inputs", "both"]
