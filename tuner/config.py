@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from strategies import STRATEGIES
 from tuner.criteria import AccuracyGoal
 from tuner.errors import UnknownNameError
-from tuner.repairs import PROPOSED
+from tuner.repairs import PROPOSED, SUPPORTED
 from tuner.schemes import OpConfig
 
 PRESETS = (
@@ -45,8 +45,8 @@ class Rule(_Configuration):
 class SearchSpace(_Configuration):
     """A preset, and rules that replace its options for the ops that they match.
 
-    `repairs` are those that a preset's options may get where they are predicted to help: all that
-    need no training by default, none with (). A rule's options have the repairs that they name.
+    `repairs` are those that a preset's options may get where they are predicted to help: the quick
+    ones by default, none with (). A rule's options have the repairs that they name.
     """
 
     preset: str = "int8"
@@ -56,7 +56,7 @@ class SearchSpace(_Configuration):
     @field_validator("repairs")
     @classmethod
     def _known_repairs(cls, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(_known("repair for presets", name, PROPOSED) for name in names)
+        return tuple(_known("repair for presets", name, SUPPORTED) for name in names)
 
     @field_validator("preset")
     @classmethod

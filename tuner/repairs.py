@@ -6,12 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 
 from tuner.errors import UnknownNameError
 
-EQUALIZATION, SMOOTHQUANT = "equalization", "smoothquant"
+EQUALIZATION, SMOOTHQUANT, AWQ = "equalization", "smoothquant", "awq"
 GPTQ, ADAROUND = "gptq", "adaround"
 BIAS_CORRECTION = "bias_correction"
 QAT, LSQ = "qat", "lsq"
 
-SCALINGS = (EQUALIZATION, SMOOTHQUANT)
+SCALINGS = (EQUALIZATION, SMOOTHQUANT, AWQ)
 """Move magnitude between a layer and the one before it; the float function stays as it is."""
 
 ROUNDINGS = (GPTQ, ADAROUND)
@@ -19,18 +19,22 @@ ROUNDINGS = (GPTQ, ADAROUND)
 
 TRAININGS = (QAT, LSQ)
 
-SUPPORTED = (*SCALINGS, GPTQ)
+SUPPORTED = (*SCALINGS, *ROUNDINGS)
 """What needs no training."""
 
 PROPOSED = (*SCALINGS, GPTQ)
-"""What a preset's options may get by themselves."""
+"""What a preset's options get by themselves where it is predicted to help; see SearchSpace."""
 
 REPAIRS = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, *TRAININGS)
 """All repairs, in the order in which they are applied."""
 
 
 class Repair(BaseModel):
-    """A repair with a parameter: `alpha`, 0…1, is how much of the difficulty goes to the weight."""
+    """A repair with a parameter.
+
+    `alpha`, 0…1, is the power of the activation in the factors of smoothquant and awq: how much of
+    the difficulty goes from it to the weight.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +44,7 @@ class Repair(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> "Repair":
         check_name(self.name)
-        if self.alpha is not None and self.name != SMOOTHQUANT:
+        if self.alpha is not None and self.name not in (SMOOTHQUANT, AWQ):
             raise ValueError(f"{self.name} has no parameter alpha: leave it out")
         return self
 

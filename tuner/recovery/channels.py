@@ -37,6 +37,11 @@ class ChannelStatistics:
         low, high = torch.stack(self._lows).amin(0), torch.stack(self._highs).amax(0)
         return torch.maximum(-low, high).clamp_min(0)
 
+    @property
+    def means(self) -> Tensor:
+        """The mean magnitude of each channel in the sample, `[channels]`."""
+        return torch.cat(self._rows).abs().nan_to_num(0.0, 0.0, 0.0).mean(0)
+
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Add one batch `[…, channels at the axis, …]`; NaN and ±inf are left out."""

@@ -9,13 +9,14 @@ from tuner import formats
 from tuner.errors import SpaceError
 from tuner.ops import Op, WeightRef
 from tuner.ranges import QParams
+from tuner.recovery.adaround import adaround
 from tuner.recovery.gptq import gptq
 from tuner.recovery.moments import InputMoments, moments_for
-from tuner.repairs import GPTQ
+from tuner.repairs import ADAROUND, GPTQ
 from tuner.schemes import TensorScheme
 from tuner.sites import Call
 
-_METHODS: Mapping[str, Callable[..., tuple[Tensor, QParams]]] = {GPTQ: gptq}
+_METHODS: Mapping[str, Callable[..., tuple[Tensor, QParams]]] = {GPTQ: gptq, ADAROUND: adaround}
 
 
 class Rounder:

@@ -3,6 +3,10 @@
 An option of a consumer is computed as it would be after scaling, on calls that were captured
 before: the input divided, quantized and multiplied again, the weight the other way round. Its
 damage is that of `tuner.sensitivity`, ½ Σ (g·Δ)², so trying factors costs calls of single ops only.
+
+Equalization takes the ranges of both weights (Nagel et al., ICCV 2019, section 4.1), SmoothQuant
+those of activation and weight (Xiao et al., ICML 2023, section 4), AWQ the mean magnitude of the
+activation (Lin et al., MLSys 2024, section 3.2): where only weights are quantized.
 """
 
 import math
@@ -30,7 +34,7 @@ from tuner.recovery.layers import (
 )
 from tuner.recovery.scales import equalize_scales, smooth_scales
 from tuner.recovery.scaling import Scaling
-from tuner.repairs import EQUALIZATION, SCALINGS, SMOOTHQUANT, Repair
+from tuner.repairs import AWQ, EQUALIZATION, SCALINGS, SMOOTHQUANT, Repair
 from tuner.schemes import OpConfig, TensorScheme
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
@@ -82,12 +86,25 @@ class ScaleSearch:
         if EQUALIZATION in allowed and own.dim() > 1:
             factors = equalize_scales(output_magnitudes(producer, own), columns)
             yield Scaling(chain, EQUALIZATION, self._exact(chain, factors))
-        if SMOOTHQUANT in allowed:
-            tensor = self.channels[chain.producer].magnitudes.view(chain.channels, -1).amax(1)
-            for alpha in ALPHAS if given is None else (given,):
-                factors = smooth_scales(tensor.double(), columns, alpha)
+        alphas = ALPHAS if given is None else (given,)
+        statistics = self.channels[chain.producer]
+        if SMOOTHQUANT in allowed and (name or self._has_inputs(chain)):
+            largest = statistics.magnitudes.view(chain.channels, -1).amax(1).double()
+            for alpha in alphas:
+                factors = smooth_scales(largest, columns, alpha)
                 repair = Repair(name=SMOOTHQUANT, alpha=alpha)
                 yield Scaling(chain, repair, self._exact(chain, factors))
+        if AWQ in allowed and (name or not self._has_inputs(chain)):
+            mean = statistics.means.view(chain.channels, -1).mean(1).double()
+            for alpha in alphas:
+                factors = smooth_scales(mean**alpha, torch.ones_like(mean), 1.0)
+                repair = Repair(name=AWQ, alpha=alpha)
+                yield Scaling(chain, repair, self._exact(chain, factors))
+
+    def _has_inputs(self, chain: Chain) -> bool:
+        """Return whether an option of a consumer quantizes the scaled tensor."""
+        configs = (config for name in chain.consumers for config in self.configs.get(name, ()))
+        return any(config.input_scheme(0) is not None for config in configs)
 
     def _columns(self, chain: Chain) -> Tensor:
         """Return the largest magnitude of all consumers' weights for each channel, `[channels]`."""
