@@ -46,11 +46,11 @@ def adaround(
         sweeps: of coordinate descent, before and after.
         qparams: what `compute_qparams(weight, scheme)` returned, if it is known.
 
-    The problem is the paper's local one, min tr(ΔW H ΔWᵀ) + λ Σ (1 − |2h(V) − 1|^β) with
-    Ŵ = W₁ + h(V) (W₂ − W₁), from H alone: the expectation over data of equation 21 without its
-    activation function. It starts from GPTQ, improved by coordinate descent, because that has a
-    lower error than rounding to nearest: W₁ is the value found there, W₂ the next one towards W
-    (where W₁ is next to W these are the paper's two). The result is rounded, and improved again.
+    The problem is that of equation 21, its data summed up in H:
+    min tr(ΔW H ΔWᵀ) + λ Σ (1 − |2h(V) − 1|^β) with Ŵ = W₁ + h(V) (W₂ − W₁). It starts from GPTQ,
+    improved by coordinate descent, because that has a lower error than rounding to nearest: W₁ is
+    the value found there, W₂ the next one towards W (where W₁ is next to W these are the paper's
+    two). The result is rounded, and improved again.
 
     Rows that come out worse than the start, or rounded to nearest, in tr(ΔW H ΔWᵀ) are put back. A
     weight that GPTQ would round to nearest is so here. Deterministic. Raises SchemeError where the
