@@ -44,6 +44,11 @@ def counts_products(config: OpConfig) -> bool:
     return config.bias is not None and config.bias.format == _OF_PRODUCTS
 
 
+def can_correct(op: Op, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether an op is a layer with a bias parameter; `shapes` are those of parameters."""
+    return op.type.rstrip("123d") in _TYPES and bias_name(op.name) in shapes
+
+
 def bias_problem(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Return why an op cannot have the bias scheme of a configuration, None if it can.
 
@@ -51,7 +56,7 @@ def bias_problem(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]
     """
     if config.bias is None:
         return None
-    if op.type.rstrip("123d") not in _TYPES or bias_name(op.name) not in shapes:
+    if not can_correct(op, shapes):
         return (
             f"{op.name} ({op.type}) has no bias to quantize: OpConfig(bias=…) is for Linear, Conv "
             "and ConvTranspose modules with a bias parameter. Restrict the rule with op_types or "

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tuner.bias_corrections import BiasCorrections
 from tuner.biases import BiasStore
 from tuner.errors import PlanError
 from tuner.granularity import PerTensor
@@ -46,6 +47,7 @@ class InstrumentedModel:
         self.runtime = Runtime()
         self.weights = WeightStore(model)
         self.biases = BiasStore(model)
+        self.corrections = BiasCorrections(model)
         self.ops: Mapping[str, Op] = {}
         self._ranges: Ranges | None = None
         self._current: dict[str, OpConfig] = {}
@@ -128,6 +130,8 @@ class InstrumentedModel:
     def _set(self, op: Op, config: OpConfig) -> None:
         for ref in op.weights:
             self.weights.set(ref, config.weight, config.rounding)
+        self.biases.set(op, _FLOAT, self.bias_scale)
+        self.corrections.set(op, config)
         self.biases.set(op, config, self.bias_scale)
         if config.is_float:
             self._current.pop(op.name, None)

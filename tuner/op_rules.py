@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from tuner.biases import bias_problem
+from tuner.biases import bias_problem, can_correct
 from tuner.config import Rule
 from tuner.errors import SchemeError, SpaceError, UnknownNameError, UnsupportedError
 from tuner.kernels import parameter_shape
@@ -71,6 +71,12 @@ def fitted(op: Op, config: OpConfig, shapes: Shapes, repairs: tuple[str, ...] = 
     )
     if (problem := bias_problem(op, found, shapes)) is not None:
         raise SpaceError(problem)
+    if found.corrects_bias and not can_correct(op, shapes):
+        raise SpaceError(
+            f"{op.name} ({op.type}) has no bias to correct: bias_correction is for Linear, Conv "
+            "and ConvTranspose modules with a bias parameter. Restrict the rule with op_types or "
+            "names"
+        )
     for ref in op.weights:
         if ref.path in shapes:
             _check_axis(op, shapes[ref.path], found.weight)

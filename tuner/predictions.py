@@ -9,7 +9,7 @@ from tuner.op_table import Damages
 from tuner.ops import Op
 from tuner.presets import Candidate
 from tuner.recovery.scaling import Scaling
-from tuner.repairs import ROUNDINGS, name_of
+from tuner.repairs import SCALINGS, name_of
 from tuner.schemes import OpConfig
 from tuner.search_space import FLOAT, best_variants
 from tuner.sensitivity import Sensitivity
@@ -75,12 +75,13 @@ def _entry(
     damage, plain = 0.0, 0.0
     if sensitivity is not None:
         damage = sensitivity.damage(op, config)
-        plain = sensitivity.damage(op, _unrounded(config)) * gain
+        plain = sensitivity.damage(op, _untreated(config)) * gain
     return {"config": config.model_dump(mode="json"), "damage": damage, "unrepaired": plain}
 
 
-def _unrounded(config: OpConfig) -> OpConfig:
-    others = tuple(r for r in config.recovery if name_of(r) not in ROUNDINGS)
+def _untreated(config: OpConfig) -> OpConfig:
+    """Return a configuration without the repairs of its weight."""
+    others = tuple(r for r in config.recovery if name_of(r) in SCALINGS)
     return config.model_copy(update={"recovery": others})
 
 

@@ -1,13 +1,15 @@
 """Before the first trial: record, fold, calibrate once, predict damage, build the space."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tuner.biases import bias_name
+from tuner.biases import bias_name, can_correct
 from tuner.config import TuningConfig
 from tuner.costs import CostModel, Costs
 from tuner.data_pass import DataPass
@@ -23,16 +25,16 @@ from tuner.progress import Progress
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
 from tuner.recovery.rounder import Rounder, can_have
 from tuner.recovery.scaling import Scaling
-from tuner.repairs import ROUNDINGS
+from tuner.repairs import BIAS_CORRECTION, ROUNDINGS
 from tuner.rescaling import Candidates, Rescaling, with_scalings
-from tuner.schemes import TensorScheme
+from tuner.schemes import OpConfig, TensorScheme
 from tuner.search_space import (
     TuningSpace,
     build_space,
     candidates_of,
     components_wanted,
 )
-from tuner.sensitivity import SAMPLES, SensitivityAnalysis
+from tuner.sensitivity import SAMPLES, SensitivityAnalysis, Treatment
 
 Payload = dict[str, Any]
 """What a resumed study must not compute anew: options, ranges of activations, scalings."""
@@ -87,11 +89,12 @@ class Preparation:
         self.model.weights.replace_originals(fold(self.model.model, pairs))
         rescaling = Rescaling(self.model, self._data, self._config)
         rescaling.find(pairs, self._candidates, self._wanted(self._data.graph.ops))
-        rounder = Rounder(self._data.graph.ops.values(), self._rounded())
+        rounder = Rounder(self._data.graph.ops.values(), self._treated())
         ranges = self._calibrate(progress, (rescaling.watch, rounder.watch))
         graph = self._data.graph
         self.model.install(graph.ops, ranges)
         self.model.weights.rounder = rounder.rounded
+        self.model.corrections.correction = partial(self._correction, rounder)
         rounder.refuse_vain(_asking(self._candidates))
         if payload:
             scalings = rescaling.adopt(payload.get("scalings", ()))
@@ -135,12 +138,16 @@ class Preparation:
         return json.dumps(table, sort_keys=True)
 
     def _candidates_of(self, ops: Mapping[str, Op]) -> Candidates:
+        return candidates_of(ops, self._config.search_space, self._shapes())
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all parameters, those that folding adds among them."""
         model, graph = self.model.model, self._data.graph
         parameters = model.named_parameters(remove_duplicate=False)
         shapes = {name: tuple(p.shape) for name, p in parameters}
         for pair in find_pairs(model, graph):  # folding gives these a bias
             shapes.setdefault(bias_name(pair.layer), graph.ops[pair.layer].output_shape[1:2])
-        return candidates_of(ops, self._config.search_space, shapes)
+        return shapes
 
     def _calibrate(self, progress: Progress, watchers: Iterable[Watcher]) -> CalibratedRanges:
         progress.phase("calibrating", None)
@@ -166,21 +173,30 @@ class Preparation:
                     found[name, index, scheme] = None
         return list(found)
 
-    def _rounded(self) -> list[str]:
-        """Return the ops whose weights may be rounded otherwise than to nearest."""
-        return [
+    def _treated(self) -> list[str]:
+        """Return the ops whose weights may have repairs."""
+        treatable = (
             name
             for name, options in self._candidates.items()
-            if any(self._may_round(option) or option.config.rounding for option in options)
-        ]
+            for option in options
+            if self._treatments(option.config.weight, True) or _asks(option)
+        )
+        return list(dict.fromkeys(treatable))
 
-    def _may_round(self, option: Candidate) -> bool:
-        scheme = option.config.weight
-        is_open = not option.given and scheme is not None and can_have(scheme)
-        return is_open and bool(self._allowed_roundings())
+    def _treatments(self, scheme: TensorScheme | None, has_bias: bool) -> list[Treatment]:
+        """Return how a preset's weight may be treated, beside rounding to nearest."""
+        repairs = self._config.search_space.repairs
+        if scheme is None or not can_have(scheme):
+            return []
+        roundings = [None, *(name for name in ROUNDINGS if name in repairs)]
+        corrections = (False, True) if BIAS_CORRECTION in repairs and has_bias else (False,)
+        return list(itertools.product(roundings, corrections))[1:]
 
-    def _allowed_roundings(self) -> tuple[str, ...]:
-        return tuple(n for n in self._config.search_space.repairs if n in ROUNDINGS)
+    def _correction(self, rounder: Rounder, op: Op, config: OpConfig) -> Tensor:
+        ref, weights = op.weights[0], self.model.weights
+        assert config.weight is not None
+        rounded = weights.quantized(ref, config.weight, config.rounding)
+        return rounder.correction(op, weights.original(ref), rounded)
 
     def _rescale(self, rounder: Rounder, scalings: Iterable[Scaling]) -> None:
         for scaling in scalings:
@@ -193,10 +209,13 @@ class Preparation:
     ) -> Predictions:
         ops = self._data.graph.ops
 
-        def roundings(op: str, scheme: TensorScheme) -> tuple[str, ...]:
-            return self._allowed_roundings() if can_have(scheme) and rounder.can_round(op) else ()
+        shapes = self._shapes()
 
-        components = components_wanted(ops, self._candidates, roundings)
+        def treatments(op: str, scheme: TensorScheme) -> list[Treatment]:
+            has_bias = can_correct(ops[op], shapes)
+            return self._treatments(scheme, has_bias) if rounder.can_round(op) else []
+
+        components = components_wanted(ops, self._candidates, treatments)
         progress.phase("predicting damage", None)
         analysis = SensitivityAnalysis(self.model, self._data.feeder, components, self._config.seed)
         found = analysis.run(self._data.kept, self._data.late, progress.advance)
@@ -204,5 +223,9 @@ class Preparation:
 
 
 def _asking(candidates: Candidates) -> list[str]:
-    """Return the ops for which rules ask for a rounding."""
-    return [name for name, found in candidates.items() if any(c.config.rounding for c in found)]
+    """Return the ops for which rules ask for repairs of the weight."""
+    return [name for name, found in candidates.items() if any(map(_asks, found))]
+
+
+def _asks(option: Candidate) -> bool:
+    return option.config.rounding is not None or option.config.corrects_bias

@@ -19,10 +19,10 @@ ROUNDINGS = (GPTQ, ADAROUND)
 
 TRAININGS = (QAT, LSQ)
 
-SUPPORTED = (*SCALINGS, *ROUNDINGS)
+SUPPORTED = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION)
 """What needs no training."""
 
-PROPOSED = (*SCALINGS, GPTQ)
+PROPOSED = (*SCALINGS, GPTQ, BIAS_CORRECTION)
 """What a preset's options get by themselves where it is predicted to help; see SearchSpace."""
 
 REPAIRS = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, *TRAININGS)

@@ -105,6 +105,8 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
     ops = {entry["name"]: _op(entry) for entry in config["ops"]}
     _restore(instrumented, ops, plan, folded, tensors, config["weights"])
     instrumented.install(ops, SavedRanges(config["activations"], tensors))
+    for name in plan:
+        instrumented.corrections.adopt(ops[name], plan[name])
     for op in _biased(ops, plan):
         parts = _parts_of(instrumented.biases.path(op), tensors)
         instrumented.biases.adopt(op, plan[op.name], parts, instrumented.bias_scale)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from tuner import formats
 from tuner.granularity import Granularity, PerBlock, PerTensor, PerToken
-from tuner.repairs import Repair, in_order, rounding_of
+from tuner.repairs import BIAS_CORRECTION, Repair, in_order, rounding_of
 
 CalibrationMethod = Literal[
     "minmax",
@@ -167,6 +167,11 @@ class OpConfig(BaseModel):
     def rounding(self) -> str | None:
         """The repair that says how the weight is rounded, None where it is to nearest."""
         return rounding_of(self.recovery)
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether the bias makes up for the mean error of the weight."""
+        return BIAS_CORRECTION in self.recovery
 
     @property
     def is_float(self) -> bool:

@@ -13,9 +13,16 @@ from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.presets import INPUT_CALIBRATIONS, Candidate, preset_candidates
 from tuner.records import describe_config
-from tuner.repairs import SUPPORTED, in_order
+from tuner.repairs import BIAS_CORRECTION, SUPPORTED, in_order
 from tuner.schemes import OpConfig, TensorScheme
-from tuner.sensitivity import WEIGHT, WEIGHT_ROUNDED, Component, Sensitivity, components_of
+from tuner.sensitivity import (
+    WEIGHT,
+    WEIGHT_TREATED,
+    Component,
+    Sensitivity,
+    Treatment,
+    components_of,
+)
 
 FLOAT = Candidate("FP32", OpConfig.float())
 _TIE_BREAK = 1e-3
@@ -30,8 +37,8 @@ _CAUTION = {"mse": 1.0, "minmax": 1.0, "percentile": 6.0}
 percentile did up to ten times the damage that was predicted, mse and minmax what was predicted."""
 
 
-Roundings = Callable[[str, TensorScheme], Sequence[str]]
-"""Returns the repairs by which the weight of an op may be rounded under a scheme."""
+Treatments = Callable[[str, TensorScheme], Sequence[Treatment]]
+"""Returns how the weight of an op may be treated under a scheme, beside rounding to nearest."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,11 @@ def _changing(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -
 def components_wanted(
     ops: Mapping[str, Op],
     candidates: Mapping[str, Sequence[Candidate]],
-    roundings: Roundings = lambda op, scheme: (),
+    treatments: Treatments = lambda op, scheme: (),
 ) -> dict[str, list[Component]]:
     """Return every component whose effect must be known, with the variants that may replace it.
 
-    `roundings` tells by what repairs a weight may be rounded.
+    `treatments` tells what repairs a weight may have.
     """
     wanted: dict[str, list[Component]] = {}
     for name, options in candidates.items():
@@ -146,7 +153,7 @@ def components_wanted(
                 if candidate.given:
                     variants = list(dict.fromkeys((component, _to_nearest(component))))
                 else:
-                    variants = _variants(name, component, roundings)
+                    variants = _variants(name, component, treatments)
                 unique.update(dict.fromkeys(variants))
         wanted[name] = list(unique)
     return wanted
@@ -155,14 +162,14 @@ def components_wanted(
 def _to_nearest(component: Component) -> Component:
     """Return a weight as it is without the repair that rounds it, anything else as it is."""
     index, scheme = component
-    return (WEIGHT, scheme) if index in WEIGHT_ROUNDED.values() else component
+    return (WEIGHT, scheme) if index in WEIGHT_TREATED.values() else component
 
 
-def _variants(op: str, component: Component, roundings: Roundings) -> list[Component]:
+def _variants(op: str, component: Component, treatments: Treatments) -> list[Component]:
     index, scheme = component
     if index == WEIGHT:
-        names = (None, *roundings(op, scheme))
-        return [(WEIGHT_ROUNDED[name], scheme) for name in names]
+        found = ((None, False), *treatments(op, scheme))
+        return [(WEIGHT_TREATED[treatment], scheme) for treatment in found]
     return [(index, s) for s in calibration_variants(scheme)] if index >= 0 else [component]
 
 
@@ -203,23 +210,26 @@ def best_variants(
             config = candidate.config.model_copy(update={"inputs": picked})
             candidate = Candidate(candidate.label, config)
         if not candidate.given:
-            config = _best_rounded(candidate.config, sensitivity)
+            config = _best_treated(candidate.config, sensitivity)
             candidate = Candidate(candidate.label, config)
         chosen.append(candidate)
     return chosen
 
 
-def _best_rounded(config: OpConfig, sensitivity: Sensitivity) -> OpConfig:
-    """Return a configuration with the rounding of its weight that is predicted to harm least."""
+def _best_treated(config: OpConfig, sensitivity: Sensitivity) -> OpConfig:
+    """Return a configuration with the repairs of its weight that are predicted to harm least."""
     scheme = config.weight
     if scheme is None:
         return config
-    known = {name: (index, scheme) for name, index in WEIGHT_ROUNDED.items()}
-    alone = {n: sensitivity.alone(c) for n, c in known.items() if c in sensitivity.components}
-    best = min(alone, key=lambda name: alone[name] * (1.0 if name is None else _OPTIMISM))
-    if best is None:
-        return config
-    return config.model_copy(update={"recovery": in_order((*config.recovery, best))})
+    known = {treatment: (index, scheme) for treatment, index in WEIGHT_TREATED.items()}
+    alone = {t: sensitivity.alone(c) for t, c in known.items() if c in sensitivity.components}
+    plain = (None, False)
+    rounding, corrected = min(
+        alone, key=lambda treatment: alone[treatment] * (1.0 if treatment == plain else _OPTIMISM)
+    )
+    found = [] if rounding is None else [rounding]
+    found += [BIAS_CORRECTION] if corrected else []
+    return config.model_copy(update={"recovery": in_order((*config.recovery, *found))})
 
 
 def build_space(

@@ -23,7 +23,7 @@ from tuner.granularity import PerTensor
 from tuner.model import InstrumentedModel
 from tuner.operands import OUTPUT, Static, operand_shape
 from tuner.ops import Op
-from tuner.repairs import ROUNDINGS
+from tuner.repairs import BIAS_CORRECTION, ROUNDINGS
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.slices import axis_length
 
@@ -33,13 +33,21 @@ WEIGHT = -2
 BIAS = -3
 """That of a bias with a scale of its own: an int32 bias is as exact as the products it joins."""
 
-WEIGHT_ROUNDED: Mapping[str | None, int] = {
-    None: WEIGHT,
-    **{name: BIAS - 1 - i for i, name in enumerate(ROUNDINGS)},
-}
-"""The component index of an op's weight by how it is rounded."""
+Treatment = tuple[str | None, bool]
+"""How a weight is rounded (None: to nearest), and whether the bias makes up for its mean error."""
 
-_ROUNDING = {index: name for name, index in WEIGHT_ROUNDED.items()}
+WEIGHT_TREATED: Mapping[Treatment, int] = {
+    (None, False): WEIGHT,
+    **{
+        (name, corrected): BIAS - 1 - i
+        for i, (name, corrected) in enumerate(
+            [(None, True), *((n, c) for n in ROUNDINGS for c in (False, True))]
+        )
+    },
+}
+"""The component index of an op's weight by how it is treated."""
+
+_TREATMENT = {index: treatment for treatment, index in WEIGHT_TREATED.items()}
 
 Component = tuple[int, TensorScheme]
 
@@ -65,12 +73,23 @@ class Sensitivity:
 def components_of(op: Op, config: OpConfig) -> list[Component]:
     """Return what a configuration quantizes on an op: (component index, scheme)."""
     pairs: list[tuple[int, TensorScheme | None]] = [
-        (WEIGHT_ROUNDED[config.rounding], config.weight if op.weights else None),
+        (WEIGHT_TREATED[treatment_of(config)], config.weight if op.weights else None),
         *((i, config.input_scheme(i)) for i in op.activations),
         (OUTPUT, config.output),
         (BIAS, None if counts_products(config) else config.bias),
     ]
     return [(index, scheme) for index, scheme in pairs if scheme is not None]
+
+
+def treatment_of(config: OpConfig) -> Treatment:
+    """Return how a configuration treats the weight."""
+    return config.rounding, config.corrects_bias
+
+
+def config_of(scheme: TensorScheme, rounding: str | None, corrected: bool) -> OpConfig:
+    """Return the configuration that does nothing but treat a weight so."""
+    names = [] if rounding is None else [rounding]
+    return OpConfig(weight=scheme, recovery=(*names, *([BIAS_CORRECTION] if corrected else ())))
 
 
 class SensitivityAnalysis:
@@ -140,8 +159,8 @@ class SensitivityAnalysis:
 
     def _perturbed(self, op: Op, captured: CapturedCall, component: Component) -> Any:
         index, scheme = component
-        if index in _ROUNDING:
-            return self._with_weight(op, captured, scheme, _ROUNDING[index])
+        if index in _TREATMENT:
+            return self._with_weight(op, captured, scheme, *_TREATMENT[index])
         if index == BIAS:
             return self._with_bias(op, captured, scheme)
         quantizer = self._model.quantizer(op, index, scheme)
@@ -150,7 +169,12 @@ class SensitivityAnalysis:
         return captured.replay(lambda i, x: quantizer(x) if i == index else x)
 
     def _with_weight(
-        self, op: Op, captured: CapturedCall, scheme: TensorScheme, rounding: str | None
+        self,
+        op: Op,
+        captured: CapturedCall,
+        scheme: TensorScheme,
+        rounding: str | None,
+        corrected: bool,
     ) -> Any:
         weights = self._model.weights
         if captured.call.module is None:
@@ -161,8 +185,11 @@ class SensitivityAnalysis:
         try:
             for ref in op.weights:
                 weights.set(ref, scheme, rounding)
+            if corrected:
+                self._model.corrections.set(op, config_of(scheme, rounding, corrected))
             return captured.replay(lambda i, x: x)
         finally:
+            self._model.corrections.set(op, OpConfig.float())
             for ref in op.weights:
                 weights.set(ref, None)
 

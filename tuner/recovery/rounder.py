@@ -10,6 +10,7 @@ from tuner.errors import SpaceError
 from tuner.ops import Op, WeightRef
 from tuner.ranges import QParams
 from tuner.recovery.adaround import adaround
+from tuner.recovery.bias_correction import bias_correction
 from tuner.recovery.gptq import gptq
 from tuner.recovery.moments import InputMoments, moments_for
 from tuner.repairs import ADAROUND, GPTQ
@@ -73,18 +74,31 @@ class Rounder:
         value, _ = _METHODS[method](weight, second, scheme, axis=ref.axis)
         return torch.empty_like(weight).copy_(value)  # in its memory format
 
+    def correction(self, op: Op, weight: Tensor, rounded: Tensor) -> Tensor:
+        """Return what an op's bias must make up for, `[out]`, where its weight is rounded."""
+        moments = self._moments[op.name]
+        assert moments is not None
+        mean = moments.mean
+        assert mean is not None
+        mean = mean * self._inverse(op.name, mean)
+        return bias_correction(weight, rounded, mean.to(weight.device), op.weights[0].axis)
+
     def _second(self, op: str) -> Tensor:
         moments = self._moments[op]
         assert moments is not None
         second = moments.second
         assert second is not None
+        inverse = self._inverse(op, second[:, 0])
+        return second * inverse[:, :, None] * inverse[:, None, :]
+
+    def _inverse(self, op: str, like: Tensor) -> Tensor:
+        """Return by what the columns `[groups, in·k]` are multiplied: they were divided by it."""
         factors = self._factors.get(op)
         if factors is None:
-            return second
-        groups, width = second.shape[:2]
+            return torch.ones_like(like)
+        groups, width = like.shape
         inverse = (1 / factors).view(groups, -1)
-        inverse = inverse.repeat_interleave(width // inverse.shape[1], 1).to(second)
-        return second * inverse[:, :, None] * inverse[:, None, :]
+        return inverse.repeat_interleave(width // inverse.shape[1], 1).to(like)
 
 
 def can_have(scheme: TensorScheme) -> bool:

@@ -1,0 +1,61 @@
+"""Corrected biases on a model: the mean error of a rounded weight, put back in the bias."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from tuner.biases import bias_name
+from tuner.errors import PlanError
+from tuner.ops import Op
+from tuner.schemes import OpConfig
+
+Correction = Callable[[Op, OpConfig], Tensor]
+"""Returns what is added to the bias of an op under a configuration, `[out]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Corrected:
+    """A bias that is corrected; `original` is None where it was loaded so."""
+
+    config: OpConfig
+    original: Tensor | None
+
+
+class BiasCorrections:
+    """Adds corrections to the biases of a model, and takes them off.
+
+    As with weights, a parameter keeps its identity: only its storage (`.data`) is exchanged.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.correction: Correction | None = None
+        self._model = model
+        self._on: dict[str, _Corrected] = {}
+
+    def set(self, op: Op, config: OpConfig) -> None:
+        """Correct the bias of an op as its configuration says, or give back its float values."""
+        on = self._on.get(op.name)
+        if on is not None and on.config == config:
+            return
+        if on is not None:
+            del self._on[op.name]
+            if on.original is not None:
+                self._model.get_parameter(bias_name(op.name)).data = on.original
+        if config.corrects_bias and config.weight is not None:
+            parameter = self._model.get_parameter(bias_name(op.name))
+            self._on[op.name] = _Corrected(config, parameter.data)
+            parameter.data = parameter.data + self._shift(op, config).to(parameter)
+
+    def adopt(self, op: Op, config: OpConfig) -> None:
+        """Take a bias as it is (a loaded plan): it was corrected before."""
+        if config.corrects_bias:
+            self._on[op.name] = _Corrected(config, None)
+
+    def _shift(self, op: Op, config: OpConfig) -> Tensor:
+        if self.correction is None:
+            raise PlanError(
+                f"{op.name!r}: the plan corrects the bias, which takes calibration data: let fit() "
+                "find the plan, or leave the recovery out"
+            )
+        return self.correction(op, config)
