@@ -52,6 +52,7 @@ class Prepared:
     damages: Damages
     unrepaired: Damages
     payload: Payload
+    rescaling: Rescaling
     scalings: tuple[Scaling, ...]
 
 
@@ -126,6 +127,7 @@ class Preparation:
             damages=damages,
             unrepaired=predictions.unrepaired,
             payload=payload,
+            rescaling=rescaling,
             scalings=scalings,
         )
 

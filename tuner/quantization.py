@@ -242,12 +242,14 @@ def _op_table(prepared: Prepared, plan: Plan, config: TuningConfig) -> Any:
 
 
 def _finished(prepared: Prepared, result: TuningResult) -> QuantizedModel:
-    prepared.model.apply(result.best.plan)
+    plan, scalings = result.best.plan, prepared.scalings
+    prepared.model.apply(plan)
+    if not plan.quantized:  # nothing is left that gains by them
+        prepared.rescaling.take_back(scalings)
+        scalings = ()
     prepared.model.weights.forget_cache()
     prepared.model.model.eval()
-    return QuantizedModel(
-        Parts(prepared.model, result.best.plan, prepared.folded, result, prepared.scalings)
-    )
+    return QuantizedModel(Parts(prepared.model, plan, prepared.folded, result, scalings))
 
 
 def _warn_if_nothing_quantized(result: TuningResult) -> None:

@@ -15,6 +15,7 @@ from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges
 from tuner.operands import OUTPUT, Operands
 from tuner.presets import Candidate
+from tuner.recovery.caps import uncap
 from tuner.recovery.chains import Chain, find_chains
 from tuner.recovery.channels import ChannelStatistics
 from tuner.recovery.folding import FoldedPair
@@ -46,6 +47,7 @@ class Rescaling:
         self._allowed = tuple(n for n in config.search_space.repairs if n in SCALINGS)
         self._seed = config.seed
         self._wanted: dict[Chain, str | Repair | None] = {}
+        self._floats: dict[str, Tensor] = {}
 
     def find(self, folded: Iterable[FoldedPair], candidates: Candidates, ranged: Operands) -> None:
         """Find the chains that may be scaled; raises SpaceError where a rule asks in vain.
@@ -87,7 +89,7 @@ class Rescaling:
         for chain in chains:
             best = search.best(chain, self._wanted[chain])
             if best is not None:
-                scale(self._model, best)
+                self._scale(best)
                 found.append(best)
         kept = check.kept(found)
         if len(kept) < len(found):
@@ -100,8 +102,26 @@ class Rescaling:
         """Scale the model as a study has it that is resumed."""
         scalings = tuple(map(Scaling.from_dict, stored))
         for scaling in scalings:
-            scale(self._model, scaling)
+            self._scale(scaling)
         return scalings
+
+    def take_back(self, scalings: Iterable[Scaling]) -> None:
+        """Give the model its own float values back, to the bit; no plan may be on."""
+        model = self._model.model
+        for name, value in self._floats.items():
+            model.get_parameter(name).data = value
+        self._model.weights.replace_originals(self._floats)
+        for scaling in scalings:
+            for path in scaling.chain.caps:
+                uncap(model.get_submodule(path))
+
+    def _scale(self, scaling: Scaling) -> None:
+        """Scale a chain, and keep what was there before the first scaling."""
+        model, chain = self._model.model, scaling.chain
+        for path in (chain.producer, *chain.consumers):
+            for name, parameter in model.get_submodule(path).named_parameters(path, recurse=False):
+                self._floats.setdefault(name, parameter.data)
+        scale(self._model, scaling)
 
     def _reached(self) -> list[Chain]:
         """Return the chains whose tensor calibration saw; none where batches took branches."""

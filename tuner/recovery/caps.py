@@ -27,6 +27,13 @@ def cap(module: nn.Module, channels: int, axis: int) -> Tensor:
     return module.get_buffer("cap")
 
 
+def uncap(module: nn.Module) -> None:
+    """Make it the ReLU6 again that it was."""
+    if "cap" in module._buffers:
+        del module._buffers["cap"]
+        set_class(module, type(module).__mro__[1])
+
+
 def _forward(self: Any, x: Tensor) -> Tensor:
     return torch.minimum(x.relu(), self.cap.to(x.dtype))
 
