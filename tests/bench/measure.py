@@ -38,6 +38,7 @@ class Run:
     task: str
     metric: str
     space: str
+    repairs: list[str]
     strategy: str
     max_trials: int
     max_drop: float
@@ -86,6 +87,7 @@ def run(name: str, task: Task, config: TuningConfig) -> Run:
         task=task.description,
         metric=task.metric,
         space=config.search_space.preset,
+        repairs=list(config.search_space.repairs),
         strategy=config.strategy,
         max_trials=config.max_trials,
         max_drop=config.goal.max_drop,

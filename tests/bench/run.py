@@ -10,7 +10,7 @@ import measure
 import tables
 from models import MODELS
 
-from tuner import AccuracyGoal, TuningConfig
+from tuner import AccuracyGoal, SearchSpace, TuningConfig
 
 STRATEGIES = ("auto", "tpe", "random")
 SPACES = ("int8", "mixed-int")
@@ -37,12 +37,13 @@ def main() -> None:
 
 def _configs(arguments: argparse.Namespace) -> Iterator[TuningConfig]:
     """Yield the runs of one model: every space with `auto`, the samplers in `mixed-int`."""
+    plain = arguments.without_repairs
     for space in arguments.spaces:
         for strategy in arguments.strategies:
             if strategy == "auto" or space == "mixed-int":
                 yield TuningConfig(
                     goal=AccuracyGoal(max_drop=arguments.max_drop),
-                    space=space,
+                    space=SearchSpace(preset=space, **({"repairs": ()} if plain else {})),
                     strategy=strategy,
                     max_trials=arguments.max_trials or _max_trials(strategy),
                     seed=arguments.seed,
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS))
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--spaces", nargs="+", default=SPACES)
+    parser.add_argument("--without-repairs", action="store_true", help="in the search space")
     parser.add_argument("--max-trials", type=int, help="instead of the usual number")
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)

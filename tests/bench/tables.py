@@ -13,7 +13,7 @@ SERVICE = HERE / "raw" / "service"
 RESULTS = HERE / "RESULTS.md"
 
 Row = Mapping[str, Any]
-_RUN_KEY = ("model", "space", "strategy", "seed")
+_RUN_KEY = ("model", "space", "has_repairs", "strategy", "seed")
 
 _INTRODUCTION = """\
 # Benchmark
@@ -26,6 +26,7 @@ not count the baseline's own.
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("model", lambda r: r["model"]),
     ("space", lambda r: r["space"]),
+    ("repairs", lambda r: "yes" if r["has_repairs"] else "no"),
     ("strategy", lambda r: r["strategy"]),
     ("trials allowed", lambda r: str(r["max_trials"])),
     ("evaluations", lambda r: str(r["evaluations"])),
@@ -125,7 +126,8 @@ def append(row: Row, folder: Path) -> None:
 
 def render() -> None:
     """Write RESULTS.md from all raw lines."""
-    rows = _newest(_read(RUNS), _RUN_KEY)
+    runs = [{**row, "has_repairs": bool(row.get("repairs"))} for row in _read(RUNS)]
+    rows = _newest(runs, _RUN_KEY)
     speeds = _newest(_read(SPEED), ("model",))
     kernels = _newest(_read(KERNELS), _KERNEL_KEY)
     services = _newest(_read(SERVICE), ("database",))
