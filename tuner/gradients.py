@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tuner.batches import Feeder, batch_size
 from tuner.capture import Capture, CapturedCall, surrogate_loss
 from tuner.model import InstrumentedModel
+from tuner.tensors import head_of as head_of
 from tuner.tensors import map_tensors
 
 _log = logging.getLogger(__name__)
@@ -102,14 +103,6 @@ def output_errors(
         weight = gradient.float()
     rows = [(found - reference).mul_(weight).flatten() for found in perturbed]
     return torch.nan_to_num(torch.stack(rows))
-
-
-def head_of(output: Any) -> Tensor:
-    """Return the first tensor of what an op returns."""
-    head = output if isinstance(output, Tensor) else output[0]
-    head = head if isinstance(head, Tensor) else head.data  # a PackedSequence
-    assert isinstance(head, Tensor)
-    return head
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tuner.schemes import TensorScheme
 from tuner.sites import Call, Site
 from tuner.slices import SlicedStatistics
 from tuner.statistics import TensorStatistics, TensorSummary, summarize
+from tuner.tensors import head_of
 
 _REMEMBERED = 4
 
@@ -61,8 +62,7 @@ class Observer:
 
         output = call.invoke(look)
         if OUTPUT in wanted:
-            head = output if isinstance(output, Tensor) else output[0]
-            self._update(site.name, OUTPUT, head, wanted[OUTPUT])
+            self._update(site.name, OUTPUT, head_of(output), wanted[OUTPUT])
         return output
 
     def other(self, scope: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tuner.batches import Feeder
 from tuner.biases import counts_products
 from tuner.capture import CapturedCall
-from tuner.gradients import GradientPass, head_of, output_errors
+from tuner.gradients import GradientPass, output_errors
 from tuner.granularity import PerTensor
 from tuner.model import InstrumentedModel
 from tuner.operands import OUTPUT, Static, operand_shape
@@ -26,6 +26,7 @@ from tuner.ops import Op
 from tuner.repairs import BIAS_CORRECTION, ROUNDINGS
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.slices import axis_length
+from tuner.tensors import head_of
 
 SAMPLES = 64
 WEIGHT = -2

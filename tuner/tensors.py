@@ -49,3 +49,11 @@ def map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: map_tensors(fn, item) for key, item in value.items()}
     return value
+
+
+def head_of(output: Any) -> Tensor:
+    """Return the first tensor of what an op returns."""
+    head = output if isinstance(output, Tensor) else output[0]
+    head = head if isinstance(head, Tensor) else head.data  # a PackedSequence
+    assert isinstance(head, Tensor)
+    return head

@@ -94,10 +94,12 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("layer_type", [nn.LSTM, nn.GRU])
-def test_packed_outputs_are_rounded_as_torch_does(layer_type: Any) -> None:
+@pytest.mark.parametrize("scheme", [D8, D8.model_copy(update={"dynamic": False})])
+def test_packed_outputs_are_rounded_as_torch_does(layer_type: Any, scheme: TensorScheme) -> None:
     net = Recurrent(layer_type(8, 6, batch_first=True))
     x = torch.randn(2, 5, 8)
-    sim = quantization.simulate(net, outputs=D8)
+    data = None if scheme.dynamic else [x]
+    sim = quantization.simulate(net, outputs=scheme, calib_dataloader=data)
     with torch.no_grad():
         got, y = sim(x), net(x).data
         expected = torch.fake_quantize_per_tensor_affine(
