@@ -27,8 +27,20 @@ from tuner.session import Callback, Session, judged, model_signature
 from tuner.simulate import simulate
 from tuner.storage import Storage, StudyHeader, StudyStore
 from tuner.sweep import sweep
+from tuner.trainable_model import TrainableModel, parameter_groups
+from tuner.trainable_preparation import prepare_qat
+from tuner.training import fit_qat
 
-__all__ = ["fit", "load", "simulate", "sweep"]
+__all__ = [
+    "TrainableModel",
+    "fit",
+    "fit_qat",
+    "load",
+    "parameter_groups",
+    "prepare_qat",
+    "simulate",
+    "sweep",
+]
 
 
 def fit(

@@ -28,7 +28,7 @@ from tuner.records import TrialRecord
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
 from tuner.recovery.trainable_quantizers import Choices, Known, Method, QuantizerTable, Start
 from tuner.recovery.trainable_site import Switch
-from tuner.repairs import ROUNDINGS, name_of
+from tuner.repairs import SCALINGS, name_of
 from tuner.results import TuningResult
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.simulate import SchemeOrName, Wish, as_scheme, parameter_shapes
@@ -91,7 +91,8 @@ def prepare_qat(
         inputs=as_scheme("inputs", inputs),
         output=as_scheme("outputs", outputs),
     )
-    rules = tuple(rules)
+    rules = _checked_rules(rules)
+    _check_reading(calib_dataloader, forward, calib_samples)
     _check(source, plan, not config.is_float or bool(rules))
     reading = _Reading(calib_dataloader, forward, calib_samples)
     with isolated_random_state():
@@ -158,8 +159,8 @@ class _Asked:
 def _of_quantized(source: QuantizedModel, reading: _Reading) -> _Start:
     """Take the plan off a copy: float weights, folded norms and ranges stay."""
     parts = source._parts
-    rounder = getattr(parts.model.weights, "rounder", None)
-    twin = copy.deepcopy(parts.model, {id(rounder): rounder})
+    of_data = (parts.model.weights.rounder, parts.model.corrections.correction)
+    twin = copy.deepcopy(parts.model, {id(each): each for each in of_data})  # not copied: large
     twin.apply({})
     model = InstrumentedModel(twin.model)
     model.install(parts.model.ops, _NoRanges())
@@ -244,10 +245,13 @@ def _trainable(start: _Start, choices: Choices, quant_start_step: int) -> Traina
 
 
 def _trained(plan: Mapping[str, OpConfig]) -> Plan:
-    """Return the plan without roundings: training moves the weights, and rounds them to nearest."""
+    """Return the plan without what training undoes: roundings and corrections.
+
+    Trained weights are rounded to nearest, and biases train with them.
+    """
 
     def without(config: OpConfig) -> OpConfig:
-        kept = tuple(repair for repair in config.recovery if name_of(repair) not in ROUNDINGS)
+        kept = tuple(repair for repair in config.recovery if name_of(repair) in SCALINGS)
         return config.model_copy(update={"recovery": kept})
 
     return Plan({name: without(config) for name, config in plan.items()})
@@ -315,6 +319,28 @@ def _choices(
         raise TunerError(f"ema_decay is {ema_decay!r}: give a number from 0 to 1, such as 0.99")
     start = "calibrated" if isinstance(source, QuantizedModel) else "lsq"
     return Choices(cast(Method, method), cast(Start, init or start), float(ema_decay))
+
+
+def _checked_rules(rules: object) -> tuple[Rule, ...]:
+    if isinstance(rules, Rule) or not isinstance(rules, Iterable):
+        raise TunerError(f"rules is a {type(rules).__name__}: give a list, rules=[Rule(…)]")
+    found = tuple(rules)
+    for rule in found:
+        if not isinstance(rule, Rule):
+            raise TunerError(f"rules holds a {type(rule).__name__}: give Rule(…) objects")
+        if len(rule.options) != 1:
+            raise SpaceError(
+                f"a rule has {len(rule.options)} options: nothing is chosen here, so give each "
+                "rule exactly one, Rule(…, options=[OpConfig(…)])"
+            )
+    return found
+
+
+def _check_reading(loader: object, forward: object, samples: object) -> None:
+    if forward is not None and not callable(forward):
+        raise TunerError(f"forward is a {type(forward).__name__}: give a function")
+    if loader is None and samples is not None:
+        raise TunerError("calib_samples says how to read data: give calib_dataloader, too")
 
 
 def _check(source: object, plan: object, has_schemes: bool) -> None:

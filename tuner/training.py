@@ -65,7 +65,7 @@ def fit_qat(
         TunerError: an argument cannot be used.
     """
     goal = AccuracyGoal() if goal is None else goal
-    _check(model, train, epochs, eval_func, accumulate)
+    _check(model, train, epochs, eval_func, optimizer, accumulate)
     run = _Run(model, eval_func, goal, TrainingProgress(epochs, progress))
     if callable(train):
         return run.train(epochs, _Given(model, train))
@@ -210,14 +210,14 @@ class _Run:
 
     def train(self, epochs: int, epoch: Callable[[int], float | None]) -> TrainingResult:
         """Train, and put the best state on the model, whatever happens."""
-        reason: TrainingStop = "all_epochs"
         try:
             with self.progress:
                 self._look_before()
                 for number in range(1, epochs + 1):
                     self._one(number, epoch)
+            return self._result("all_epochs")
         except TuningCancelled:
-            reason = "cancelled"
+            return self._result("cancelled")
         except _NotFinite as error:
             raise TrainingError(
                 f"epoch {len(self._epochs) + 1}: {error.where} the loss {error.loss}. The model is "
@@ -231,7 +231,6 @@ class _Run:
             self._model.load_state_dict(self._state)
             self._model.accuracy = self._best.accuracy
             self._model.eval()
-        return self._result(reason)
 
     def _look_before(self) -> None:
         if self._evaluate is not None and self._model.is_ready:
@@ -317,7 +316,12 @@ def _described(value: object) -> str:
 
 
 def _check(
-    model: object, train: object, epochs: object, eval_func: object, accumulate: object
+    model: object,
+    train: object,
+    epochs: object,
+    eval_func: object,
+    optimizer: object,
+    accumulate: object,
 ) -> None:
     """Refuse arguments of wrong types."""
     if not isinstance(model, TrainableModel):
@@ -330,8 +334,9 @@ def _check(
             f"train is a {type(train).__name__}: give (train_dataloader, loss), or a function that "
             "trains the model for one epoch"
         )
-    if eval_func is not None and not callable(eval_func):
-        raise TunerError(f"eval_func is a {type(eval_func).__name__}: give a function")
+    for name, given in (("eval_func", eval_func), ("optimizer", optimizer)):
+        if given is not None and not callable(given) and not isinstance(given, Optimizer):
+            raise TunerError(f"{name} is a {type(given).__name__}: give a function")
     for name, value in (("epochs", epochs), ("accumulate", accumulate)):
         if type(value) is not int or value < 1:
             raise TunerError(f"{name} is {value!r}: give a whole number, 1 or more")

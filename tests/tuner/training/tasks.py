@@ -61,3 +61,15 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> floa
     loss.backward()
     optimizer.step()
     return float(loss)
+
+
+def evaluated(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return what a model gives in eval mode."""
+    with torch.no_grad():
+        return main_output(model.eval()(batch))
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    """Return whether two models have the same state, to the bit."""
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

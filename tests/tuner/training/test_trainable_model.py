@@ -2,21 +2,17 @@
 
 import copy
 import io
-import math
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from tests.tuner.nets import (
     ALL,
-    Attention,
     ConvNet,
     Functional,
-    Recurrent,
     Tied,
     inputs_for,
     main_output,
@@ -28,28 +24,19 @@ from tests.tuner.training.tasks import (
     WEIGHTS,
     Perceptron,
     batches,
+    evaluated,
     prepared,
+    same_state,
     step,
     train,
 )
 from tuner import OpConfig, PerChannel, PerGroup, Plan, Rule, TensorScheme, quantization
-from tuner.errors import TunerError
 from tuner.qparams import fake_quantize
-from tuner.trainable_model import TrainableModel, parameter_groups
+from tuner.trainable_model import parameter_groups
 from tuner.trainable_preparation import prepare_qat
 
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
 OUTPUTS = TensorScheme(format="int8")
-
-
-def evaluated(model: nn.Module, batch: Tensor) -> Tensor:
-    with torch.no_grad():
-        return main_output(model.eval()(batch))
-
-
-def same_state(a: nn.Module, b: nn.Module) -> bool:
-    one, two = a.state_dict(), b.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # Branching
@@ -307,104 +294,3 @@ class TestPlans:
             frozen = model.to_quantized()
             assert frozen.plan.keys() == fitted.plan.keys()
             assert "trained for 1 steps" in frozen.result.best.reason
-
-
-class TestState:
-    def test_names_are_the_users_and_the_quantizers(self) -> None:
-        net = Perceptron()
-        model = prepared(net, batches(), method="lsq")
-        state = model.state_dict()
-        assert {f"model.{name}" for name in net.state_dict()} < state.keys()
-        assert "quantizers.first/weight.scale" in state
-        assert "quantizers.second:input0.zero_point" in state
-        assert int(state["steps"]) == 0
-
-    def test_groups_hold_every_parameter_once(self) -> None:
-        model = prepared(seeded(Attention), [inputs_for(seeded(Attention))], method="lsq+")
-        groups = parameter_groups(model, 1e-3, scale_lr=1e-5, weight_decay=0.1)
-        held = [id(p) for group in groups for p in group["params"]]
-        assert len(held) == len(set(held))
-        assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
-        (scales,) = (group for group in groups if group["lr"] == 1e-5)
-        assert {id(p) for p in scales["params"]} == {id(p) for p in model.scales().values()}
-        assert scales["weight_decay"] == 0
-        assert all(p.ndim > 1 for group in groups if group["weight_decay"] for p in group["params"])
-
-    def test_copies_train_on_their_own(self) -> None:
-        model = prepared(Perceptron(), batches(), method="lsq")
-        other, third = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-        for twin in (other, third):
-            assert same_state(model, twin)
-            train(twin, batches(2))
-            assert int(twin.steps) == 2
-            assert not same_state(model, twin)
-        assert same_state(other, third)
-        assert int(model.steps) == 0
-
-    def test_ranges_are_what_the_model_rounds_with(self) -> None:
-        model = prepared(Perceptron(), batches(), method="lsq+")
-        train(model, batches())
-        found = {(r.name, r.operand): r for r in model.learned_ranges()}
-        activation, weight = found["second", "input 0"], found["second.weight", "weight"]
-        frozen = model.to_quantized()._parts.model
-        expected = frozen.qparams("second", 0, INPUTS)
-        assert expected is not None
-        assert torch.equal(activation.scale, torch.as_tensor(expected.scale))
-        assert int(activation.zero_point) == int(expected.zero_point)  # type: ignore[arg-type]
-        zero = float(activation.zero_point)
-        assert float(activation.minimum) == pytest.approx((-128 - zero) * float(activation.scale))
-        assert float(activation.maximum) == pytest.approx((127 - zero) * float(activation.scale))
-        assert weight.scale.shape == (3,)
-        torch.testing.assert_close(weight.maximum, 7 * weight.scale)
-        rounded = dict(frozen.model.named_parameters())["second.weight"]
-        codes = rounded / weight.scale.unsqueeze(1)
-        torch.testing.assert_close(codes, codes.round(), **FP32)
-
-    def test_learned_scales_move_and_stay_positive(self) -> None:
-        model = prepared(Perceptron(), batches(), method="lsq")
-        groups = parameter_groups(model, 0.0, scale_lr=0.5)
-        optimizer = torch.optim.SGD(groups)
-        for batch in batches(6):
-            step(model, optimizer, batch)
-        assert all(float(r.scale.min()) > 0 for r in model.learned_ranges())
-        assert math.isfinite(float(evaluated(model, batches()[0]).sum()))
-
-    def test_bf16_autocast_trains(self) -> None:
-        for method in METHODS:
-            model = prepared(seeded(Attention), [inputs_for(seeded(Attention))], method=method)
-            optimizer = torch.optim.SGD(parameter_groups(model, 0.1))
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(inputs_for(model.model)).float().square().mean()
-            loss.backward()
-            trained = [p for p in model.parameters() if p.requires_grad]
-            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained)
-            assert all(torch.isfinite(p.grad).all() for p in trained if p.grad is not None)
-            optimizer.step()
-            assert int(model.steps) == 1
-
-    def test_a_bf16_model_trains_and_becomes_the_same(self) -> None:
-        for method in METHODS:
-            net, data = Perceptron().bfloat16(), [b.bfloat16() for b in batches()]
-            model = prepared(net, data, method=method)
-            train(model, data)
-            expected = evaluated(model, data[0])
-            assert torch.equal(evaluated(model.to_quantized(), data[0]), expected)
-
-    def test_ranges_must_be_known_before_it_is_frozen(self) -> None:
-        model = prepared(Perceptron(), None)
-        assert not model.is_ready
-        with pytest.raises(TunerError, match="training mode first"):
-            model.to_quantized()
-        model(batches()[0])
-        assert model.is_ready
-        assert isinstance(model, TrainableModel)
-        model.to_quantized()
-
-    def test_recurrent_weights_get_gradients_through_their_rounding(self) -> None:
-        net = seeded(Recurrent)
-        tokens = inputs_for(net)
-        model = prepared(net, [tokens], method="lsq")
-        main_output(model(tokens)).sum().backward()
-        scales = {n: p for n, p in model.scales().items() if "lstm" in n and "weight" in n}
-        assert len(scales) == 8
-        assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in scales.values())
