@@ -8,10 +8,10 @@ from tuner import formats
 from tuner.config import Rule, SearchSpace
 from tuner.costs import CostModel
 from tuner.errors import PlanError, SpaceError
-from tuner.op_rules import fitted, matching_ops
+from tuner.op_rules import Shapes, fitted, matching_ops
 from tuner.ops import Op
 from tuner.plan import Plan
-from tuner.presets import INPUT_CALIBRATIONS, Candidate, preset_candidates
+from tuner.presets import INPUT_CALIBRATIONS, Candidate, along_first_axes, preset_candidates
 from tuner.records import describe_config
 from tuner.repairs import BIAS_CORRECTION, SUPPORTED, in_order
 from tuner.schemes import OpConfig, TensorScheme
@@ -90,19 +90,24 @@ def _choice_index(unit: TuningUnit, plan: Plan) -> int:
 
 
 def candidates_of(
-    ops: Mapping[str, Op], space: SearchSpace, shapes: dict[str, tuple[int, ...]]
+    ops: Mapping[str, Op],
+    space: SearchSpace,
+    shapes: dict[str, tuple[int, ...]],
+    repairs: tuple[str, ...] = SUPPORTED,
 ) -> dict[str, list[Candidate]]:
     """Return the candidates of every op in the space, FP32 last unless a rule takes it away.
+
+    `repairs` are those that rules may ask for.
 
     Raises SpaceError for a rule that matches nothing, or whose options no matched op can take.
     """
     found: dict[str, list[Candidate]] = {}
-    for name, op in ops.items():
+    for name, op in along_first_axes(ops).items():
         if candidates := preset_candidates(space.preset, op, shapes):
             found[name] = [*candidates, FLOAT]
     for rule in space.rules:
         for op in matching_ops(ops, rule):
-            found[op.name] = _rule_candidates(op, rule, shapes)
+            found[op.name] = _rule_candidates(op, rule, shapes, repairs)
     if not found:
         raise SpaceError(
             "nothing in this model can be quantized in this space: it has no op with "
@@ -112,8 +117,10 @@ def candidates_of(
     return {name: found[name] for name in ops if name in found}
 
 
-def _rule_candidates(op: Op, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> list[Candidate]:
-    configs = dict.fromkeys(_changing(op, config, shapes) for config in rule.options)
+def _rule_candidates(
+    op: Op, rule: Rule, shapes: Shapes, repairs: tuple[str, ...]
+) -> list[Candidate]:
+    configs = dict.fromkeys(_changing(op, config, shapes, repairs) for config in rule.options)
     labels: dict[str, int] = {}
     candidates = []
     for config in configs:
@@ -124,9 +131,9 @@ def _rule_candidates(op: Op, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) 
     return sorted(candidates, key=lambda c: c.config.is_float)
 
 
-def _changing(op: Op, config: OpConfig, shapes: Mapping[str, tuple[int, ...]]) -> OpConfig:
+def _changing(op: Op, config: OpConfig, shapes: Shapes, repairs: tuple[str, ...]) -> OpConfig:
     """Return a rule's option as it applies to one op; it must quantize something."""
-    found = fitted(op, config, shapes, SUPPORTED)
+    found = fitted(op, config, shapes, repairs)
     if found.is_float and not config.is_float:
         raise SpaceError(
             f"{op.name} ({op.type}) has {'no weight' if not op.weights else 'no such input'}: "

@@ -21,13 +21,14 @@ from tuner.op_rules import Shapes
 from tuner.operands import Operands, Static, static_operands
 from tuner.ops import Op
 from tuner.plan import Plan
+from tuner.presets import along_first_axes, channel_axis
 from tuner.progress import Progress
 from tuner.records import TrialRecord, encode_float, encode_floats, storable
 from tuner.report import sweep as plot
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.scores import Score
 from tuner.simulate import calibrate_for, check_calib_samples, parameter_shapes
-from tuner.sweep_entries import PARTS, Entry, Part, channel_axes, read_entries, read_parts
+from tuner.sweep_entries import PARTS, Entry, Part, read_entries, read_parts
 
 _VERSION = 1
 FORMATS = ("int8", "int7", "int6", "int5", "int4", "int3", "int2")
@@ -194,7 +195,8 @@ class _Plans:
 
     def plan(self, ops: Mapping[str, Op], entry: Entry, part: Part) -> Plan:
         """Return the plan of one case for these ops."""
-        axes = channel_axes(ops, self._shapes)
+        uses = along_first_axes(ops)
+        axes = {name: channel_axis(op, self._shapes) for name, op in uses.items()}
         default = (op for op in ops.values() if op.by_default)
         return Plan({op.name: entry.on(op, part, axes[op.name], self._shapes) for op in default})
 

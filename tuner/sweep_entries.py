@@ -1,6 +1,6 @@
 """What a sweep puts on a model: from a format's name to the schemes of every op."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,21 +56,6 @@ class Entry:
         elif config.bias is not None and bias_problem(op, _ANY_BIAS, shapes) is not None:
             config = config.model_copy(update={"bias": None})
         return fitted(op, config, shapes)
-
-
-def channel_axes(ops: Mapping[str, Op], shapes: Shapes) -> dict[str, int | None]:
-    """Return op → the axis of its weight's output channels, None where it has no such axis.
-
-    Ops that share a weight share its scales: their axis is that of the first. A vector has no
-    output channels: a scale for each of its values would leave nothing to round.
-    """
-    first: dict[object, int | None] = {}
-    axes: dict[str, int | None] = {}
-    for name, op in ops.items():
-        for ref in op.weights:
-            first.setdefault(ref.key, ref.axis if len(shapes[ref.path]) > 1 else None)
-        axes[name] = first[op.weights[0].key] if op.weights else None
-    return axes
 
 
 def read_entries(given: Any) -> tuple[Entry, ...]:

@@ -137,6 +137,41 @@ class Transposed(nn.Module):
         return self.bn3(self.head(x.mean(-1)))  # type: ignore[no-any-return]
 
 
+class Autoencoder(nn.Module):
+    """One weight encodes and decodes: output channels of one use are inputs of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.linear(x, self.w)) @ self.w
+
+
+class Mirrored(nn.Module):
+    """A convolution and its transpose share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv1d(3, 4, 3, bias=False)
+        self.up = nn.ConvTranspose1d(4, 3, 3, bias=False)
+        self.up.weight = self.down.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+class Pooling(nn.Module):
+    """x @ v, as attention pooling scores its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.linspace(-1, 2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.v
+
+
 def seeded(net_type: type[nn.Module], **options: object) -> nn.Module:
     """Return a network in eval mode, its weights and running statistics the same each time."""
     torch.manual_seed(0)
@@ -154,7 +189,8 @@ def inputs_for(net: nn.Module, samples: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if isinstance(net, (Recurrent, Tied)):
         return torch.randint(0, 20, (samples, 9), generator=generator)
-    shapes = {ConvNet: (1, 8, 8), Transposed: (3, 9), Branching: (8,)}
+    shapes = {ConvNet: (1, 8, 8), Transposed: (3, 9), Branching: (8,), Mirrored: (3, 9)}
+    shapes |= {Autoencoder: (8,), Pooling: (8,)}
     return torch.randn(samples, *shapes.get(type(net), (7, 16)), generator=generator)
 
 

@@ -7,8 +7,11 @@ from torch import nn
 from strategies.uniform import UniformPlan, uniform_plans
 from tests.tuner.nets import (
     Attention,
+    Autoencoder,
     ConvNet,
     Functional,
+    Mirrored,
+    Pooling,
     Recurrent,
     Tied,
     Transposed,
@@ -19,6 +22,7 @@ from tuner.config import Rule, SearchSpace, TuningConfig
 from tuner.errors import SpaceError, UnsupportedError
 from tuner.granularity import PerChannel, PerGroup, PerTensor
 from tuner.preparation import Preparation, Prepared
+from tuner.presets import preset_candidates
 from tuner.progress import Progress
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.search_space import calibration_variants
@@ -59,6 +63,34 @@ def test_mixed_int_with_tied_weights() -> None:
     for choice in tied.choices:
         assert choice.configs["embed"].weight == choice.configs["head"].weight
         assert choice.configs["embed"].inputs is None
+
+
+PRESETS = ("int8", "int8-dynamic", "int4-weight-only", "mixed-int", "fp8", "mx", "everything")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("net_type", [Autoencoder, Mirrored])
+def test_a_weight_with_two_axes_has_the_options_of_its_first_use(
+    net_type: type[nn.Module], preset: str
+) -> None:
+    ready = prepared(seeded(net_type), preset)
+    (unit,) = ready.space.units
+    quantizing = [choice for choice in unit.choices if choice.label != "FP32"]
+    first = next(iter(ready.graph.ops))
+    for choice in quantizing:
+        ready.model.apply(choice.configs)
+        assert len({config.weight for config in choice.configs.values()}) == 1
+    shapes = {name: tuple(p.shape) for name, p in seeded(net_type).named_parameters()}
+    alone = preset_candidates(preset, ready.graph.ops[first], shapes)
+    assert [c.configs[first].weight for c in quantizing] == [c.config.weight for c in alone]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_vector_has_no_scale_for_each_value(preset: str) -> None:
+    (unit,) = prepared(seeded(Pooling), preset).space.units
+    schemes = [choice.configs["/matmul:0"].weight for choice in unit.choices]
+    assert not any(isinstance(s.granularity, PerChannel) for s in schemes if s is not None)
+    assert any(s is not None for s in schemes)
 
 
 def test_mixed_int_of_ops_without_a_weight_or_without_inputs() -> None:

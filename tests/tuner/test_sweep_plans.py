@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tests.tuner.nets import Autoencoder, Mirrored, Pooling, inputs_for
 from tuner import OpConfig, PerChannel, Rule, TensorScheme, formats, quantization
 from tuner.errors import SchemeError, SpaceError
 
@@ -41,51 +41,17 @@ def swept(net: nn.Module, given: Any, x: Tensor = X, **options: Any) -> dict[Any
 # ---------------------------------------------------------------- shared weights and vectors
 
 
-class Autoencoder(nn.Module):
-    """One weight encodes and decodes: output channels of one use are inputs of the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(4, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(F.linear(x, self.w)) @ self.w
-
-
-class Mirrored(nn.Module):
-    """A convolution and its transpose share a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Conv1d(3, 4, 3, bias=False)
-        self.up = nn.ConvTranspose1d(4, 3, 3, bias=False)
-        self.up.weight = self.down.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(("net_type", "shape"), [(Autoencoder, (32, 8)), (Mirrored, (2, 3, 9))])
+@pytest.mark.parametrize("net_type", [Autoencoder, Mirrored])
 def test_a_weight_with_two_axes_takes_the_scales_of_its_first_use(
-    net_type: type[nn.Module], shape: tuple[int, ...]
+    net_type: type[nn.Module],
 ) -> None:
-    net, x = net_type(), torch.randn(shape)
+    net = net_type()
+    x = inputs_for(net)
     seen = swept(net, ["int8"], x)
     assert set(seen) == {("int8", part) for part in ("weights", "inputs", "both")}
     sim = quantization.simulate(net, weights=W8, calib_dataloader=[x])
     with torch.no_grad():
         assert torch.equal(seen["int8", "weights"], sim(x))
-
-
-class Pooling(nn.Module):
-    """x @ v, as attention pooling scores its inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.linspace(-1, 2, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.v
 
 
 def test_a_vector_has_one_scale() -> None:
