@@ -25,6 +25,7 @@ from tuner.recovery.adaround import adaround
 from tuner.recovery.awq import awq_scales
 from tuner.recovery.gptq import gptq
 from tuner.recovery.moments import InputMoments, moments_for
+from tuner.recovery.rounding_rows import supports
 from tuner.sites import Call, Site
 
 _COLUMNS = ("nearest", "AWQ", "GPTQ", "descent", "AdaRound")
@@ -48,7 +49,7 @@ class MomentsTap:
             return x
 
         output = call.invoke(look)
-        if site.name in self.refs:
+        if site.name in self.refs and supports(call.family):
             self._update(site.name, call, operands)
         return output
 

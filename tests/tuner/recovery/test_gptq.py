@@ -117,6 +117,16 @@ def test_groups_are_rounded_each_with_its_own_moments() -> None:
         assert torch.equal(whole[rows], alone)
 
 
+def test_a_group_without_inputs_leaves_the_others_alone() -> None:
+    weight, second = normal(0, 6, 3, 2), correlated(0, 2, 6)
+    second[0] = 0
+    rounded, _ = gptq(weight, second, INT4)
+    assert torch.equal(rounded[:3], fake_quantize(weight, INT4)[:3])
+    alone, _ = gptq(weight[3:], second[1:], INT4)
+    assert torch.equal(rounded[3:], alone)
+    assert not torch.equal(alone, fake_quantize(weight, INT4)[3:])
+
+
 def test_inputs_that_are_always_zero_are_rounded_to_nearest() -> None:
     weight, second = normal(0, 4, 8), correlated(0, 1, 8)
     second[0, 3, :] = second[0, :, 3] = 0
