@@ -42,7 +42,7 @@ ORDER = (
     ("report", "exporters", "results", "progress", "storage"),
     ("op_table", "predictions", "saving", "quantized_model", "preparation", "simulate"),
     ("evaluation", "sweep_entries", "trainable_model", "training_result", "training_progress"),
-    ("session", "sweep", "trainable_preparation", "training"),
+    ("session", "sweep", "trainable_preparation", "training", "plan_training"),
     ("quantization", "recipes"),
     ("cli",),
 )

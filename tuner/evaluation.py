@@ -46,9 +46,13 @@ class Evaluator:
 
     def attempt(self, model: nn.Module) -> "Attempt":
         """Return what an evaluation gives; only TuningCancelled, and no exception, goes on."""
+        return self.attempt_of(lambda: model)
+
+    def attempt_of(self, make: Callable[[], nn.Module]) -> "Attempt":
+        """Return what the evaluation of a model that must be made first gives."""
         started, score, error = time.perf_counter(), Score(float("nan")), None
         try:
-            score = self(model)
+            score = self(make())
         except TuningCancelled:
             raise
         except Exception:  # the user's eval_func may raise anything: it is this trial's failure

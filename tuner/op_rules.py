@@ -8,7 +8,7 @@ from tuner.config import Rule
 from tuner.errors import SchemeError, SpaceError, UnknownNameError, UnsupportedError
 from tuner.kernels import parameter_shape
 from tuner.ops import Op
-from tuner.repairs import name_of
+from tuner.repairs import TRAININGS, name_of
 from tuner.schemes import OpConfig, TensorScheme
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,9 +51,11 @@ def fitted(op: Op, config: OpConfig, shapes: Shapes, repairs: tuple[str, ...] = 
     """
     unsupported = [name for name in map(name_of, config.recovery) if name not in repairs]
     if unsupported:
+        hint = f"choose from {', '.join(repairs)}" if repairs else "leave it out"
+        if repairs and unsupported[0] in TRAININGS:
+            hint = "it takes fit(train_func=…)"
         raise UnsupportedError(
-            f"{op.name}: recovery {unsupported[0]!r} is not supported here: "
-            f"{f'choose from {list(repairs)}' if repairs else 'leave it out'}"
+            f"{op.name}: recovery {unsupported[0]!r} is not supported here: {hint}"
         )
     count = op.operand_count
     if isinstance(config.inputs, tuple) and len(config.inputs) > count:

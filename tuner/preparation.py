@@ -25,7 +25,7 @@ from tuner.progress import Progress
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
 from tuner.recovery.rounder import Rounder, can_have
 from tuner.recovery.scaling import Scaling
-from tuner.repairs import BIAS_CORRECTION, ROUNDINGS
+from tuner.repairs import BIAS_CORRECTION, ROUNDINGS, SUPPORTED, TRAININGS
 from tuner.rescaling import Candidates, Rescaling, with_scalings
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.search_space import (
@@ -69,10 +69,12 @@ class Preparation:
         loader: Iterable[Any],
         forward: Callable[[Any, Any], Any] | None,
         config: TuningConfig,
+        trains: bool = False,
     ) -> None:
         self.model = InstrumentedModel(model)
         self.float_costs = Costs(0.0, 0.0)
         self._config = config
+        self._repairs = (*SUPPORTED, *TRAININGS) if trains else SUPPORTED
         self._data = DataPass(self.model, loader, forward, config.calib_samples, keep=SAMPLES)
         self._candidates: Candidates = {}
 
@@ -140,7 +142,8 @@ class Preparation:
         return json.dumps(table, sort_keys=True)
 
     def _candidates_of(self, ops: Mapping[str, Op]) -> Candidates:
-        return candidates_of(ops, self._config.search_space, self._shapes())
+        space = self._config.search_space
+        return candidates_of(ops, space, self._shapes(), self._repairs)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all parameters, those that folding adds among them."""

@@ -16,6 +16,7 @@ from tuner.evaluation import EvalFunc, Evaluator, evaluate_baseline
 from tuner.isolation import RandomState, copied, isolated_random_state
 from tuner.op_table import op_table
 from tuner.plan import Plan
+from tuner.plan_training import PlanTrainer, Training, method_of
 from tuner.preparation import Preparation, Prepared
 from tuner.progress import Progress
 from tuner.quantized_model import QuantizedModel
@@ -29,10 +30,11 @@ from tuner.storage import Storage, StudyHeader, StudyStore
 from tuner.sweep import sweep
 from tuner.trainable_model import TrainableModel, parameter_groups
 from tuner.trainable_preparation import prepare_qat
-from tuner.training import fit_qat
+from tuner.training import Loss, TrainFunc, fit_qat
 
 __all__ = [
     "TrainableModel",
+    "Training",
     "fit",
     "fit_qat",
     "load",
@@ -50,7 +52,7 @@ def fit(
     config: TuningConfig | None = None,
     *,
     forward: Callable[[Any, Any], Any] | None = None,
-    train_func: None = None,
+    train_func: TrainFunc | tuple[Iterable[Any], Loss] | Training | None = None,
     storage: str | Storage | None = None,
     study_name: str | None = None,
     executor: None = None,
@@ -68,6 +70,10 @@ def fit(
             calibration alone.
         config: the goal, the space, the strategy and the budget.
         forward: `forward(model, batch)` calls the model on a batch, where the default cannot.
+        train_func: trains the model that it gets for one epoch, or `(train_dataloader, loss)`, or a
+            `quantization.Training` with more to say. Plans whose options have `recovery=("qat",)`
+            or `("lsq",)` are then trained before they are judged; other plans that missed the goal
+            are trained when the search is over, and what is returned is trained in full.
         storage: `sqlite:///path` or `postgresql://…` keeps each trial as it ends.
         study_name: names the study in the storage; the same name resumes it.
         callbacks: each is called with every TrialRecord as its trial ends, and may raise
@@ -83,18 +89,20 @@ def fit(
     if callable(callbacks):
         raise TunerError("callbacks is a function: give a list of functions, callbacks=[…]")
     callbacks = tuple(callbacks)
-    _refuse(config, train_func, executor, eval_func, forward, callbacks, storage, study_name)
+    _refuse(config, executor, eval_func, forward, callbacks, storage, study_name)
     started = time.monotonic()
     shown = progress if isinstance(progress, Progress) else Progress(progress, config.cost_name)
     with isolated_random_state() as random_state, shown as bar:
         twin = copied(model)
-        preparation = Preparation(twin, calib_dataloader, forward, config)
+        training = None if train_func is None else Training.of(train_func)
+        trains = training is not None
+        preparation = Preparation(twin, calib_dataloader, forward, config, trains)
         bar.start(config.goal.describe(), config.max_trials)
         bar.phase("recording", None)
         preparation.record()
         if eval_func is None:
-            return _by_calibration(preparation, config, bar, started)
-        run = _Run(preparation, config, bar, started)
+            return _by_calibration(preparation, config, bar, started, training, random_state)
+        run = _Run(preparation, config, bar, started, training)
         return run.tuned(model, eval_func, random_state, (storage, study_name), callbacks)
 
 
@@ -110,12 +118,18 @@ class _Run:
     """One call of fit() with an eval_func."""
 
     def __init__(
-        self, preparation: Preparation, config: TuningConfig, bar: Progress, started: float
+        self,
+        preparation: Preparation,
+        config: TuningConfig,
+        bar: Progress,
+        started: float,
+        training: Training | None,
     ) -> None:
         self._preparation = preparation
         self._config = config
         self._bar = bar
         self._started = started
+        self._training = training
 
     def tuned(
         self,
@@ -155,18 +169,29 @@ class _Run:
             store.set_payload(payload)
         baseline = _with_goal(baseline, prepared, self._config)
         self._bar.start(self._config.goal.describe(baseline.accuracy), self._config.max_trials)
+        trainer = _trainer(prepared, self._config, self._training, evaluate.random_state)
+        known_trials = stored[1:]
         session = Session(
-            prepared, self._config, evaluate, store, baseline, stored[1:], callbacks, self._bar
+            prepared,
+            self._config,
+            evaluate,
+            store,
+            baseline,
+            known_trials,
+            callbacks,
+            self._bar,
+            trainer,
         )
         limit = self._config.timeout_s
+        deadline_s = None if limit is None else self._started + limit
         try:
-            reason = session.run(None if limit is None else self._started + limit)
+            reason = session.run(deadline_s)
         except KeyboardInterrupt as interrupt:
             interrupt.tuning_result = self._result(session, prepared, "cancelled")  # type: ignore[attr-defined]
             raise
         result = self._result(session, prepared, reason)
         _warn_if_nothing_quantized(result)
-        return _finished(prepared, result)
+        return _finished(prepared, result, session.trained(result.best))
 
     def _baseline(self, store: StudyStore, evaluate: Evaluator) -> TrialRecord:
         self._bar.phase("evaluating FP32", None)
@@ -192,10 +217,28 @@ class _Run:
         )
 
 
+def _trainer(
+    prepared: Prepared, config: TuningConfig, training: Training | None, random_state: RandomState
+) -> PlanTrainer | None:
+    if training is None:
+        return None
+
+    def parts_of(plan: Plan) -> Parts:
+        unknown = _unjudged(1, plan, {}, "in training")
+        return _parts(prepared, plan, _result_of(prepared, config, unknown, unknown))
+
+    return PlanTrainer(training, random_state, parts_of)
+
+
 def _by_calibration(
-    preparation: Preparation, config: TuningConfig, bar: Progress, started: float
+    preparation: Preparation,
+    config: TuningConfig,
+    bar: Progress,
+    started: float,
+    training: Training | None,
+    random_state: RandomState,
 ) -> QuantizedModel:
-    """Quantize every op with its first option, judged by nothing."""
+    """Quantize every op with its first option, judged by nothing, and train where that says so."""
     prepared = preparation.finish(bar)
     plan = prepared.space.plan((0,) * len(prepared.space.units))
     float_plan = _float_plan(prepared)
@@ -203,19 +246,34 @@ def _by_calibration(
     why = "first option of every op: no eval_func"
     baseline = _unjudged(0, float_plan, costs, "FP32 baseline")
     best = _unjudged(1, plan, prepared.costs.costs(plan).to_dict(), why)
-    result = TuningResult(
+    trainer, trained = _trainer(prepared, config, training, random_state), None
+    if trainer is not None and method_of(plan) is not None:
+        prepared.model.apply(plan)
+        trained = trainer.trained(plan, trainer.training.epochs)
+    result = _result_of(prepared, config, baseline, best, time.monotonic() - started)
+    return _finished(prepared, result, trained)
+
+
+def _result_of(
+    prepared: Prepared,
+    config: TuningConfig,
+    baseline: TrialRecord,
+    best: TrialRecord,
+    duration_s: float = 0.0,
+) -> TuningResult:
+    """Return the result of one plan that nothing judged."""
+    return TuningResult(
         config=config,
         baseline_trial=baseline,
         best=best,
         trials=(best,),
         stop_reason="no_eval_func",
         evaluations=0,
-        op_table=_op_table(prepared, plan, config),
+        op_table=_op_table(prepared, best.plan, config),
         uncovered=prepared.graph.uncovered,
         unreached=prepared.graph.unreached,
-        duration_s=time.monotonic() - started,
+        duration_s=duration_s,
     )
-    return _finished(prepared, result)
 
 
 def _unjudged(number: int, plan: Plan, costs: dict[str, float], reason: str) -> TrialRecord:
@@ -253,15 +311,24 @@ def _op_table(prepared: Prepared, plan: Plan, config: TuningConfig) -> Any:
     )
 
 
-def _finished(prepared: Prepared, result: TuningResult) -> QuantizedModel:
-    plan, scalings = result.best.plan, prepared.scalings
-    prepared.model.apply(plan)
+def _finished(
+    prepared: Prepared, result: TuningResult, trained: QuantizedModel | None = None
+) -> QuantizedModel:
+    plan, scalings, model = result.best.plan, prepared.scalings, prepared.model
+    if trained is not None:
+        model = trained._parts.model
+    model.apply(plan)
     if not plan.quantized:  # nothing is left that gains by them
         prepared.rescaling.take_back(scalings)
         scalings = ()
-    prepared.model.weights.forget_cache()
-    prepared.model.model.eval()
-    return QuantizedModel(Parts(prepared.model, plan, prepared.folded, result, scalings))
+    model.weights.forget_cache()
+    model.weights.rounder = model.corrections.correction = None  # they hold what they go by
+    model.model.eval()
+    return QuantizedModel(Parts(model, plan, prepared.folded, result, scalings))
+
+
+def _parts(prepared: Prepared, plan: Plan, result: TuningResult) -> Parts:
+    return Parts(prepared.model, plan, prepared.folded, result, prepared.scalings)
 
 
 def _warn_if_nothing_quantized(result: TuningResult) -> None:
@@ -280,7 +347,6 @@ def _warn_if_nothing_quantized(result: TuningResult) -> None:
 
 def _refuse(
     config: TuningConfig,
-    train_func: object,
     executor: object,
     eval_func: object,
     forward: object,
@@ -301,7 +367,6 @@ def _refuse(
         if text is not None and not isinstance(text, str):
             raise TunerError(f"{name} is a {type(text).__name__}: give a string")
     later = {
-        "train_func": train_func is not None,
         "executor": executor is not None,
         "TuningConfig(target=…)": config.target is not None,
         "TuningConfig(objective='latency')": config.objective == "latency",

@@ -19,8 +19,10 @@ from tuner.criteria import AccuracyGoal
 from tuner.errors import EvaluationError, PlanError, TuningCancelled
 from tuner.evaluation import Evaluator
 from tuner.plan import Plan
+from tuner.plan_training import PlanTrainer, method_of, to_train
 from tuner.preparation import Prepared
 from tuner.progress import Progress
+from tuner.quantized_model import QuantizedModel
 from tuner.records import TrialRecord
 from tuner.results import StopReason
 from tuner.storage import StudyStore
@@ -28,6 +30,8 @@ from tuner.storage import StudyStore
 _log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 3
+_HOPELESS = 0.25  # of the baseline: what training is not expected to make up for
+IN_FULL = "trained in full: the plan"
 Callback = Callable[[TrialRecord], object]
 
 
@@ -57,6 +61,13 @@ def _violation(record: TrialRecord, goal: AccuracyGoal, baseline: TrialRecord) -
     return goal.violation(_accuracy(record, goal), _accuracy(baseline, goal))
 
 
+def _spread(plans: Sequence[Plan], count: int) -> list[Plan]:
+    """Return so many plans at even distances, the first and the last among them."""
+    count = min(count, len(plans))
+    last = len(plans) - 1
+    return [plans[round(i * last / max(count - 1, 1))] for i in range(count)]
+
+
 class Session:
     """One search over a prepared model. `records` grows as trials end, stored ones first."""
 
@@ -70,6 +81,7 @@ class Session:
         stored: Sequence[TrialRecord],
         callbacks: Iterable[Callback],
         progress: Progress,
+        trainer: PlanTrainer | None = None,
     ) -> None:
         self.baseline = baseline
         self.stored_s = sum(record.duration_s for record in stored)
@@ -80,6 +92,8 @@ class Session:
         self._store = store
         self._callbacks = tuple(callbacks)
         self._progress = progress
+        self._trainer = trainer
+        self._trained: dict[tuple[Plan, bool], QuantizedModel] = {}
         self._silent: set[str] = set()
 
     def run(self, deadline_s: float | None) -> StopReason:
@@ -98,19 +112,81 @@ class Session:
                 proposal = search.next()
                 if proposal is None:
                     self._refuse_failures(self.records)
+                    self._train_misses(deadline_s)
                     return self._ended(strategy.exhaustive)
                 search.tell(self._trial(proposal))
         except TuningCancelled:
             return "cancelled"
+
+    def _train_misses(self, deadline_s: float | None) -> None:
+        """Train plans that missed the goal and are cheaper than the best one: the last resort.
+
+        From the cheapest to the dearest, it ends with the first that meets the goal, or after some
+        attempts. Then the best plan, if it is trained, is trained in full.
+        """
+        if self._trainer is None:
+            return
+        for plan in _spread(self._misses(), self._trainer.training.attempts):
+            if self._is_over(deadline_s):
+                return
+            before = self.best.number
+            self._judge(to_train(plan), "trained, because it missed the goal")
+            if self.best.number != before:
+                break
+        best = self.best
+        is_done = any(r.plan == best.plan and r.reason.startswith(IN_FULL) for r in self.records)
+        if method_of(best.plan) is None or is_done or self._is_over(deadline_s):
+            return
+        self._judge(best.plan, f"{IN_FULL} of trial {best.number}", full=True)
+
+    def trained(self, record: TrialRecord) -> QuantizedModel | None:
+        """Return the trained model of a record, None where its plan is not trained.
+
+        That of a resumed study is trained again.
+        """
+        if self._trainer is None or method_of(record.plan) is None:
+            return None
+        key = record.plan, record.reason.startswith(IN_FULL)
+        return self._trained.get(key) or self._model_of(*key)
+
+    def _model_of(self, plan: Plan, full: bool) -> QuantizedModel:
+        assert self._trainer is not None
+        return self._trainer.trained(plan, self._trainer.training.epochs if full else None)
+
+    def _is_over(self, deadline_s: float | None) -> bool:
+        late = deadline_s is not None and time.monotonic() >= deadline_s
+        return late or len(self.records) >= self._config.max_trials
+
+    def _misses(self) -> list[Plan]:
+        """Return plans worth training, the cheapest first: cheaper than the best, not hopeless."""
+        known = {record.plan for record in self.records}
+        goal, price = self._config.goal, self._cost(self.best)
+        baseline = self.baseline.accuracy
+        most = _HOPELESS * abs(baseline) if baseline else float("inf")
+        missed = [
+            record
+            for record in self.records
+            if record.state == "complete"
+            and self._cost(record) < price
+            and 0 < _violation(record, goal, self.baseline) <= most
+        ]
+        missed.sort(key=self._cost)
+        plans = dict.fromkeys(record.plan for record in missed if method_of(record.plan) is None)
+        return [plan for plan in plans if to_train(plan) not in known]
 
     @property
     def best(self) -> TrialRecord:
         """The cheapest record that meets the goal; where none does, the one that misses least."""
         meeting = [r for r in (self.baseline, *self.records) if r.meets_goal]
         if meeting:
-            return min(meeting, key=lambda record: (self._cost(record), record.number))
+            return min(meeting, key=self._rank)
         complete = [r for r in (self.baseline, *self.records) if r.state == "complete"]
         return min(complete, key=lambda r: _violation(r, self._config.goal, self.baseline))
+
+    def _rank(self, record: TrialRecord) -> tuple[float, float, int]:
+        """Order records that meet the goal: the cheapest first, of equal ones the most accurate."""
+        margin = _violation(record, self._config.goal, self.baseline)
+        return self._cost(record), margin, record.number
 
     def _cost(self, record: TrialRecord) -> float:
         return self._prepared.space.price(record.costs)
@@ -135,7 +211,13 @@ class Session:
 
     def _trial(self, proposal: Proposal) -> Outcome:
         plan = self._prepared.space.plan(proposal.assignment)
-        record = judged(self._run_plan(plan, proposal.reason), self._config.goal, self.baseline)
+        record = self._judge(plan, proposal.reason)
+        return self._outcome(proposal.assignment, record)
+
+    def _judge(self, plan: Plan, reason: str, full: bool = False) -> TrialRecord:
+        """Evaluate a plan, store its record and tell of it."""
+        ran = self._run_plan(plan, reason, full)
+        record = judged(ran, self._config.goal, self.baseline)
         self._store.add(record.number, record.to_dict())
         self.records.append(record)
         self._progress.trial(record, self.best, self.baseline)
@@ -143,15 +225,25 @@ class Session:
             callback(record)
         if len(self.records) >= FAILURES_IN_A_ROW:
             self._refuse_failures(self.records[-FAILURES_IN_A_ROW:])
-        return self._outcome(proposal.assignment, record)
+        return record
 
-    def _run_plan(self, plan: Plan, reason: str) -> TrialRecord:
+    def _run_plan(self, plan: Plan, reason: str, full: bool) -> TrialRecord:
         self._prepared.model.apply(plan)
-        attempt = self._evaluate.attempt(self._prepared.model.model)
+        if method_of(plan) is None:
+            attempt = self._evaluate.attempt(self._prepared.model.model)
+        else:
+            attempt = self._evaluate.attempt_of(lambda: self._keep(plan, full))
         if attempt.error is None:
             self._tell_of_silent_ops()
         costs = self._prepared.costs.costs(plan).to_dict()
         return attempt.record(len(self.records) + 1, plan, reason, costs)
+
+    def _keep(self, plan: Plan, full: bool) -> nn.Module:
+        """Train a plan, and keep it beside the best so far."""
+        model, best = self._model_of(plan, full), self.best.plan
+        self._trained = {key: known for key, known in self._trained.items() if key[0] == best}
+        self._trained[plan, full] = model
+        return model.model
 
     def _tell_of_silent_ops(self) -> None:
         """Say which quantized ops `eval_func` never ran: their cost counts, their harm does not."""

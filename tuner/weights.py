@@ -39,6 +39,10 @@ class WeightStore:
         self._cached_bytes = 0
         self._max_bytes = max_bytes
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what is computed again when it is needed."""
+        return {**self.__dict__, "_cache": OrderedDict(), "_cached_bytes": 0}
+
     def original(self, ref: WeightRef) -> Tensor:
         """Return the float weight that the reference names."""
         return ref.of(self._originals[ref.path])
