@@ -159,7 +159,8 @@ class _Asked:
 def _of_quantized(source: QuantizedModel, reading: _Reading) -> _Start:
     """Take the plan off a copy: float weights, folded norms and ranges stay."""
     parts = source._parts
-    of_data = (parts.model.weights.rounder, parts.model.corrections.correction)
+    model = parts.model
+    of_data = model.weights.rounder, model.corrections.correction, model.norms.reestimate
     twin = copy.deepcopy(parts.model, {id(each): each for each in of_data})  # not copied: large
     twin.apply({})
     model = InstrumentedModel(twin.model)
@@ -207,18 +208,9 @@ def _of_float(source: nn.Module, asked: _Asked, reading: _Reading) -> _Start:
 
 
 def _trainable(start: _Start, choices: Choices, quant_start_step: int) -> TrainableModel:
-    if not start.plan.quantized:
-        raise SpaceError(
-            "nothing would be quantized: give a plan that quantizes an op, or inputs, weights, "
-            "outputs or rules that fit one. Without calib_dataloader only modules are found"
-        )
     for path in (pair.norm for pair in start.folded):
         start.model.model.get_submodule(path).requires_grad_(False)  # they are in the layers now
-    if not any(parameter.requires_grad for parameter in start.model.model.parameters()):
-        raise ModelError(
-            "the model has no parameter that requires a gradient: call model.requires_grad_(True) "
-            "on what shall be trained"
-        )
+    _refuse_untrainable(start)
     switch = Switch()
     table = QuantizerTable(start.model, choices, start.known)
     table.install(start.plan, switch)
@@ -242,6 +234,19 @@ def _trainable(start: _Start, choices: Choices, quant_start_step: int) -> Traina
     if start.batches and not trainable.is_ready:
         trainable.observe(start.batches)
     return trainable.train()
+
+
+def _refuse_untrainable(start: _Start) -> None:
+    if not start.plan.quantized:
+        raise SpaceError(
+            "nothing would be quantized: give a plan that quantizes an op, or inputs, weights, "
+            "outputs or rules that fit one. Without calib_dataloader only modules are found"
+        )
+    if not any(parameter.requires_grad for parameter in start.model.model.parameters()):
+        raise ModelError(
+            "the model has no parameter that requires a gradient: call model.requires_grad_(True) "
+            "on what shall be trained"
+        )
 
 
 def _trained(plan: Mapping[str, OpConfig]) -> Plan:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tuner.errors import DataError, PlanError
+from tuner.errors import DataError, ModelError, PlanError
 from tuner.granularity import PerTensor
 from tuner.kernels import parameter_shape
 from tuner.model import InstrumentedModel
@@ -55,7 +55,7 @@ class QuantizerTable:
     """Makes the quantizers of a plan, and puts them on a model's ops.
 
     `quantizers` holds each under its own name: `layer1/0/conv1:input0`, `fc:output`, and weights
-    under that of their parameter, `fc/weight`; tied weights have one.
+    `weight:fc/weight` by their parameter; tied weights have one.
     """
 
     def __init__(self, model: InstrumentedModel, choices: Choices, known: Known) -> None:
@@ -116,7 +116,12 @@ class QuantizerTable:
 
     def _weight(self, op: Op, ref: WeightRef, owner: nn.Module, scheme: TensorScheme) -> Weight:
         rows = "" if ref.rows is None else f"[{ref.rows[0]}:{ref.rows[1]}]"
-        key, parameter = _key(ref.path + rows), self._parameters[ref.path]
+        key, parameter = _key(f"weight:{ref.path}{rows}"), self._parameters[ref.path]
+        if getattr(owner, "sparse", False):
+            raise ModelError(
+                f"{op.name!r} has sparse gradients, which pass no rounding: make it with "
+                "sparse=False, or leave its weight in float"
+            )
         if key not in self.quantizers:
             self._add(key, self._new_weight(ref, ref.of(parameter), scheme), op.name, ref)
         own = owner.named_parameters(recurse=False, remove_duplicate=False)

@@ -72,13 +72,33 @@ def test_plans_for_another_architecture() -> None:
     with pytest.raises(PlanError, match="calib_dataloader only"):
         prepare_qat(net, Plan({"/linear:0": CONFIG}))
     model = prepare_qat(net, Plan({"/linear:0": CONFIG}), [inputs_for(net)])
-    assert set(model.quantizers) == {"/linear:0:input0", "w"}
+    assert set(model.quantizers) == {"/linear:0:input0", "weight:w"}
 
 
 def test_tied_weights_take_one_scheme() -> None:
     net = seeded(Tied)
     with pytest.raises(PlanError, match="share the weight"):
         prepare_qat(net, Plan({"head": OpConfig(weight=WEIGHTS)}), [inputs_for(net)])
+
+
+def test_sparse_gradients() -> None:
+    net = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    with pytest.raises(ModelError, match="'0' has sparse gradients"):
+        prepared(net, [torch.arange(5)])
+    assert prepare_qat(net, calib_dataloader=[torch.arange(5)], inputs="int8").is_ready
+
+
+def test_parameters_may_have_any_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = nn.Parameter(torch.randn(3, 6))
+            self.training_ = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.training_(nn.functional.linear(x, self.keys))  # type: ignore[no-any-return]
+
+    assert "weight:keys" in prepared(Named(), batches()).quantizers
 
 
 def test_a_model_without_data_learns_ranges_from_what_it_trains_on() -> None:

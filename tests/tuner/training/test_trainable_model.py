@@ -213,7 +213,9 @@ class TestPlans:
         assert {"/bmm:0:input0", "/bmm:0:input1"} <= names
         attention = {f"/scaled_dot_product_attention:0:input{i}" for i in range(4)}
         assert attention <= names
-        assert {"w", "k", "qkv[0:16]", "qkv[16:32]", "qkv[32:48]"} <= names
+        assert {
+            f"weight:{name}" for name in ("w", "k", "qkv[0:16]", "qkv[16:32]", "qkv[32:48]")
+        } <= names
 
     def test_a_tied_weight_has_one_scale_and_gradients_of_both_uses(self) -> None:
         net = seeded(Tied)
@@ -221,8 +223,8 @@ class TestPlans:
         inner = model.model
         assert inner.head.weight is inner.embed.weight
         assert [name for name in model.scales() if "weight" in name] == [
-            "quantizers.embed/weight.scale",
-            "quantizers.body/weight.scale",
+            "quantizers.weight:embed/weight.scale",
+            "quantizers.weight:body/weight.scale",
         ]
         main_output(model(inputs_for(net))).sum().backward()
         with_both = inner.embed.weight.grad.clone()

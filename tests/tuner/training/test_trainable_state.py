@@ -31,7 +31,7 @@ class TestState:
         model = prepared(net, batches(), method="lsq")
         state = model.state_dict()
         assert {f"model.{name}" for name in net.state_dict()} < state.keys()
-        assert "quantizers.first/weight.scale" in state
+        assert "quantizers.weight:first/weight.scale" in state
         assert "quantizers.second:input0.zero_point" in state
         assert int(state["steps"]) == 0
 
