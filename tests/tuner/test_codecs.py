@@ -58,6 +58,12 @@ class TestClamp:
         expected = torch.stack([x[k].clamp(float(lows[k]), float(high[k])) for k in range(2)])
         assert torch.equal(y.nan_to_num(9.0), expected.nan_to_num(9.0))
 
+    def test_between_tensors_under_vmap(self) -> None:
+        x = torch.tensor([[-5.0, 0.5, 7.0], [5.0, -5.0, 1.0]])
+        low, high = torch.tensor(-1.0), torch.tensor([[4.0], [2.0]])
+        y = torch.vmap(lambda row, top: clamp_steps(row.clone(), low, top))(x, high)
+        assert y.tolist() == [[-1.0, 0.5, 4.0], [2.0, -1.0, 1.0]]
+
 
 class TestInteger:
     def test_ties_go_to_even(self) -> None:

@@ -414,11 +414,11 @@ class TestOddTensors:
 
     @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, for clamp_
     @pytest.mark.parametrize("path", PATHS)
-    @pytest.mark.parametrize("name", ["int8", "e4m3fn", "bf16", "mxfp4", "nf4", "nvfp4"])
+    @pytest.mark.parametrize("name", ["int8", "uint8", "e4m3fn", "bf16", "mxfp4", "nf4", "nvfp4"])
     def test_vmap(self, name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         take_path(path, monkeypatch)
         x = torch.randn(3, 150_000)  # more than a chunk
-        scheme = TensorScheme(format=name)
+        scheme = TensorScheme(format=name, symmetric=name != "uint8")
         y = torch.vmap(lambda row: fake_quantize(row, scheme))(x)
         assert torch.equal(y, torch.stack([fake_quantize(row, scheme) for row in x]))
 

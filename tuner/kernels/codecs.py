@@ -35,12 +35,20 @@ class Codec(Protocol):
 
 
 def clamp_steps(steps: Tensor, low: Bound, high: Bound) -> Tensor:
-    """Clamp in place and return the same tensor; NaN stays."""
+    """Clamp in place (where torch can) and return the result; NaN stays."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         # broadcasting, two binary operations are several times faster than one of three operands
-        torch.maximum(steps, torch.as_tensor(low), out=steps)
-        return torch.minimum(steps, torch.as_tensor(high), out=steps)
+        out = None if _cannot_write_out() else steps
+        steps = torch.maximum(steps, torch.as_tensor(low), out=out)
+        return torch.minimum(steps, torch.as_tensor(high), out=out)
     return steps.clamp_(low, high)
+
+
+def _cannot_write_out() -> bool:
+    """Whether a transform such as vmap is on, compiled or not: it cannot follow out=."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _signed(values: Tensor, like: Tensor) -> Tensor:
