@@ -134,9 +134,14 @@ class TestLearnedScale:
         x = batches()[0]
         quantizer.observe(x)
         assert quantizer.scale.shape == shape
-        last = {(): x, (7,): x[6], (7, 2): x[6, 4:], (3, 6): x[6:, 5]}[shape]
-        expected = 2 * float(last.abs().mean()) / math.sqrt(7)
-        assert float(quantizer.scale.detach().reshape(-1)[-1]) == pytest.approx(expected)
+        parts: dict[object, list[Tensor]] = {
+            (): [x],
+            (7,): list(x),
+            (7, 2): [row[part] for row in x for part in (slice(4), slice(4, 6))],
+            (3, 6): [x[3 * i : 3 * i + 3, j] for i in range(3) for j in range(6)],
+        }
+        expected = [2 * part.abs().mean() / math.sqrt(7) for part in parts[shape]]
+        torch.testing.assert_close(quantizer.scale.detach().reshape(-1), torch.stack(expected))
 
     def test_counts_the_features_of_one_sample(self) -> None:
         quantizer = LearnedQuantizer(INT4, (), of_weight=False, learns_offset=False)
