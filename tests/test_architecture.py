@@ -34,7 +34,7 @@ ORDER = (
     ("blocks", "statistics", "calibrators", "row_statistics", "calibrate", "ops", "batches"),
     ("slices", "operands"),
     ("qparams", "quantizer", "weights", "packed_tensor", "biases"),
-    ("bias_corrections",),
+    ("bias_corrections", "norm_statistics"),
     ("sites", "graph", "capture", "model", "observe", "data_pass", "gradients"),
     ("presets", "sensitivity", "costs", "recovery"),
     ("op_rules", "search_space", "rescaling"),

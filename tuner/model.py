@@ -13,10 +13,12 @@ from tuner.biases import BiasStore
 from tuner.errors import PlanError
 from tuner.granularity import PerTensor
 from tuner.graph import MacCounter, OpGraph, Recorder
+from tuner.norm_statistics import NormStatistics
 from tuner.operands import OUTPUT, operand_shape
 from tuner.ops import FAMILY_OF_MODULE, Family, Op, WeightRef
 from tuner.qparams import QParams
 from tuner.quantizer import Quantizer
+from tuner.repairs import BN_REESTIMATION
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.sites import Runtime, Tap, own_class, swap, unswap
 from tuner.slices import along_axis
@@ -48,6 +50,7 @@ class InstrumentedModel:
         self.weights = WeightStore(model)
         self.biases = BiasStore(model)
         self.corrections = BiasCorrections(model)
+        self.norms = NormStatistics(model)
         self.ops: Mapping[str, Op] = {}
         self._ranges: Ranges | None = None
         self._current: dict[str, OpConfig] = {}
@@ -113,6 +116,8 @@ class InstrumentedModel:
             self._set(self.ops[name], plan.get(name, _FLOAT))
         if changed:
             self._swap_to(self._needed())
+            configs = self._current.values()
+            self.norms.set(any(BN_REESTIMATION in config.recovery for config in configs))
 
     def _refuse_untied(self, plan: Mapping[str, OpConfig]) -> None:
         schemes: dict[object, tuple[str, object]] = {}

@@ -22,10 +22,11 @@ from tuner.ops import Op
 from tuner.predictions import Predictions, predicted
 from tuner.presets import Candidate
 from tuner.progress import Progress
+from tuner.recovery.bn_reestimation import keeps_statistics, reestimate_batch_norms
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
 from tuner.recovery.rounder import Rounder, can_have
 from tuner.recovery.scaling import Scaling
-from tuner.repairs import BIAS_CORRECTION, ROUNDINGS, SUPPORTED, TRAININGS
+from tuner.repairs import BIAS_CORRECTION, BN_REESTIMATION, ROUNDINGS, SUPPORTED, TRAININGS
 from tuner.rescaling import Candidates, Rescaling, with_scalings
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.search_space import (
@@ -33,6 +34,7 @@ from tuner.search_space import (
     build_space,
     candidates_of,
     components_wanted,
+    with_reestimation,
 )
 from tuner.sensitivity import SAMPLES, SensitivityAnalysis, Treatment
 
@@ -98,6 +100,7 @@ class Preparation:
         self.model.install(graph.ops, ranges)
         self.model.weights.rounder = rounder.rounded
         self.model.corrections.correction = partial(self._correction, rounder)
+        self.model.norms.reestimate = self._reestimate
         rounder.refuse_vain(_asking(self._candidates))
         if payload:
             scalings = rescaling.adopt(payload.get("scalings", ()))
@@ -108,6 +111,8 @@ class Preparation:
             scalings = rescaling.run(ranges, self._candidates)
             self._rescale(rounder, scalings)
             self._candidates = with_scalings(self._candidates, scalings)
+            if self._may_reestimate():
+                self._candidates = with_reestimation(self._candidates)
             stored = self._predict(progress, rounder, scalings)
             payload = {
                 "options": stored.options,
@@ -139,7 +144,8 @@ class Preparation:
             name: [[c.label, c.config.model_dump(mode="json")] for c in candidates]
             for name, candidates in self._candidates.items()
         }
-        return json.dumps(table, sort_keys=True)
+        repairs = self._config.search_space.repairs
+        return json.dumps({"options": table, "repairs": repairs}, sort_keys=True)
 
     def _candidates_of(self, ops: Mapping[str, Op]) -> Candidates:
         space = self._config.search_space
@@ -197,6 +203,14 @@ class Preparation:
         corrections = (False, True) if BIAS_CORRECTION in repairs and has_bias else (False,)
         return list(itertools.product(roundings, corrections))[1:]
 
+    def _may_reestimate(self) -> bool:
+        """Return whether batch norms remain whose statistics may be taken anew."""
+        is_allowed = BN_REESTIMATION in self._config.search_space.repairs
+        return is_allowed and any(keeps_statistics(m) for m in self.model.model.modules())
+
+    def _reestimate(self) -> None:
+        reestimate_batch_norms(self.model.model, self._data.kept, self._data.feeder)
+
     def _correction(self, rounder: Rounder, op: Op, config: OpConfig) -> Tensor:
         ref, weights = op.weights[0], self.model.weights
         assert config.weight is not None
@@ -217,7 +231,7 @@ class Preparation:
         shapes = self._shapes()
 
         def treatments(op: str, scheme: TensorScheme) -> list[Treatment]:
-            has_bias = can_correct(ops[op], shapes)
+            has_bias = can_correct(ops[op], shapes) and self.model.corrections.is_own(op)
             return self._treatments(scheme, has_bias) if rounder.can_round(op) else []
 
         components = components_wanted(ops, self._candidates, treatments)

@@ -323,6 +323,7 @@ def _finished(
         scalings = ()
     model.weights.forget_cache()
     model.weights.rounder = model.corrections.correction = None  # they hold what they go by
+    model.norms.reestimate = None
     model.model.eval()
     return QuantizedModel(Parts(model, plan, prepared.folded, result, scalings))
 

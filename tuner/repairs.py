@@ -9,6 +9,7 @@ from tuner.errors import UnknownNameError
 EQUALIZATION, SMOOTHQUANT, AWQ = "equalization", "smoothquant", "awq"
 GPTQ, ADAROUND = "gptq", "adaround"
 BIAS_CORRECTION = "bias_correction"
+BN_REESTIMATION = "bn_reestimation"
 QAT, LSQ = "qat", "lsq"
 
 SCALINGS = (EQUALIZATION, SMOOTHQUANT, AWQ)
@@ -19,13 +20,13 @@ ROUNDINGS = (GPTQ, ADAROUND)
 
 TRAININGS = (QAT, LSQ)
 
-SUPPORTED = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION)
+SUPPORTED = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, BN_REESTIMATION)
 """What needs no training."""
 
 PROPOSED = (*SCALINGS, GPTQ, BIAS_CORRECTION)
 """What a preset's options get by themselves where it is predicted to help; see SearchSpace."""
 
-REPAIRS = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, *TRAININGS)
+REPAIRS = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, BN_REESTIMATION, *TRAININGS)
 """All repairs, in the order in which they are applied."""
 
 
@@ -78,7 +79,7 @@ def in_order(repairs: tuple[str | Repair, ...]) -> tuple[str | Repair, ...]:
     names = [name_of(repair) for repair in plain]
     for name in names:
         check_name(name)
-    for kind in (SCALINGS, ROUNDINGS, (BIAS_CORRECTION,), TRAININGS):
+    for kind in (SCALINGS, ROUNDINGS, (BIAS_CORRECTION,), (BN_REESTIMATION,), TRAININGS):
         chosen = [name for name in names if name in kind]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one of them")

@@ -13,7 +13,7 @@ from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.presets import INPUT_CALIBRATIONS, Candidate, along_first_axes, preset_candidates
 from tuner.records import describe_config
-from tuner.repairs import BIAS_CORRECTION, SUPPORTED, in_order
+from tuner.repairs import BIAS_CORRECTION, BN_REESTIMATION, SUPPORTED, in_order
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.sensitivity import (
     WEIGHT,
@@ -221,6 +221,18 @@ def best_variants(
             candidate = Candidate(candidate.label, config)
         chosen.append(candidate)
     return chosen
+
+
+def with_reestimation(candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
+    """Return the candidates of presets with batch norm statistics taken anew in each."""
+    return {name: list(map(_reestimated, options)) for name, options in candidates.items()}
+
+
+def _reestimated(option: Candidate) -> Candidate:
+    if option.given or option.config.is_float:
+        return option
+    recovery = in_order((*option.config.recovery, BN_REESTIMATION))
+    return Candidate(option.label, option.config.model_copy(update={"recovery": recovery}))
 
 
 def _best_treated(config: OpConfig, sensitivity: Sensitivity) -> OpConfig:

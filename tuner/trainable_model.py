@@ -23,6 +23,7 @@ from tuner.quantized_model import QuantizedModel
 from tuner.ranges import QParams, step_bounds
 from tuner.recovery.folding import FoldedPair
 from tuner.recovery.learned import LearnedQuantizer
+from tuner.recovery.scaling import Scaling
 from tuner.recovery.trainable_quantizers import Quantized
 from tuner.recovery.trainable_site import Switch
 from tuner.results import TuningResult
@@ -63,6 +64,7 @@ class TrainableParts:
     operands: Mapping[str, Quantized]
     switch: Switch
     feeder: Feeder
+    scalings: tuple[Scaling, ...] = ()
 
 
 class TrainableModel(nn.Module):
@@ -164,7 +166,10 @@ class TrainableModel(nn.Module):
         frozen.apply(self.plan)
         frozen.weights.forget_cache()
         frozen.model.eval()
-        return QuantizedModel(Parts(frozen, self.plan, self._parts.folded, self._result()))
+        parts = self._parts
+        return QuantizedModel(
+            Parts(frozen, self.plan, parts.folded, self._result(), parts.scalings)
+        )
 
     def _result(self) -> TuningResult:
         """Return how the plan was found, its record judged by the accuracy after training."""

@@ -26,6 +26,7 @@ from tuner.quantized_model import QuantizedModel
 from tuner.ranges import QParams
 from tuner.records import TrialRecord
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
+from tuner.recovery.scaling import Scaling
 from tuner.recovery.trainable_quantizers import Choices, Known, Method, QuantizerTable, Start
 from tuner.recovery.trainable_site import Switch
 from tuner.repairs import SCALINGS, name_of
@@ -118,6 +119,7 @@ class _Start:
     result: TuningResult
     feeder: Feeder
     batches: tuple[Any, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +177,16 @@ def _of_quantized(source: QuantizedModel, reading: _Reading) -> _Start:
 
     known = Known(parts.model.qparams, of_weight)
     feeder = Feeder(model.model, reading.forward)
-    return _Start(model, _trained(parts.plan), parts.folded, known, parts.result, feeder, batches)
+    return _Start(
+        model=model,
+        plan=_trained(parts.plan),
+        folded=parts.folded,
+        known=known,
+        result=parts.result,
+        feeder=feeder,
+        batches=batches,
+        scalings=parts.scalings,
+    )
 
 
 def _of_float(source: nn.Module, asked: _Asked, reading: _Reading) -> _Start:
@@ -229,6 +240,7 @@ def _trainable(start: _Start, choices: Choices, quant_start_step: int) -> Traina
         operands=table.operands,
         switch=switch,
         feeder=start.feeder,
+        scalings=start.scalings,
     )
     trainable = TrainableModel(parts, quant_start_step)
     if start.batches and not trainable.is_ready:

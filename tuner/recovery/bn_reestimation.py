@@ -34,7 +34,7 @@ def reestimate_batch_norms(
 
     Raises DataError if there are norms but no batches, or if a batch has one value a channel.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _keeps_statistics(m)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and keeps_statistics(m)]
     if not norms:
         return 0
     with torch.no_grad(), _averaging(norms):
@@ -59,8 +59,10 @@ def _run(model: nn.Module, batch: Any, feed: Callable[[nn.Module, Any], Any], in
         ) from error
 
 
-def _keeps_statistics(norm: _BatchNorm) -> bool:
-    """Return whether this norm has statistics, and computes as torch's do (no folded one does)."""
+def keeps_statistics(norm: nn.Module) -> bool:
+    """Return whether a batch norm has statistics, and computes as torch's do (no folded one)."""
+    if not isinstance(norm, _BatchNorm):
+        return False
     has_all = all(isinstance(norm._buffers.get(name), Tensor) for name in _STATISTICS)
     return own_class(norm).forward is _BatchNorm.forward and norm.track_running_stats and has_all
 
