@@ -33,6 +33,12 @@ class BiasCorrections:
         self._model = model
         self._on: dict[str, _Corrected] = {}
 
+    def is_own(self, op: str) -> bool:
+        """Return whether no other module has the bias of an op, which would be changed with it."""
+        bias = self._model.get_parameter(bias_name(op))
+        owners = (m for m in self._model.modules() if id(bias) in map(id, m._parameters.values()))
+        return sum(1 for _ in owners) == 1
+
     def set(self, op: Op, config: OpConfig) -> None:
         """Correct the bias of an op as its configuration says, or give back its float values."""
         on = self._on.get(op.name)
@@ -43,6 +49,7 @@ class BiasCorrections:
             if on.original is not None:
                 self._model.get_parameter(bias_name(op.name)).data = on.original
         if config.corrects_bias and config.weight is not None:
+            self._refuse_shared(op)
             parameter = self._model.get_parameter(bias_name(op.name))
             self._on[op.name] = _Corrected(config, parameter.data)
             parameter.data = parameter.data + self._shift(op, config).to(parameter)
@@ -51,6 +58,13 @@ class BiasCorrections:
         """Take a bias as it is (a loaded plan): it was corrected before."""
         if config.corrects_bias:
             self._on[op.name] = _Corrected(config, None)
+
+    def _refuse_shared(self, op: Op) -> None:
+        if not self.is_own(op.name):
+            raise PlanError(
+                f"{op.name!r} shares its bias with another module, whose output a corrected one "
+                "would change: leave bias_correction out for both"
+            )
 
     def _shift(self, op: Op, config: OpConfig) -> Tensor:
         if self.correction is None:

@@ -15,9 +15,9 @@ from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges
 from tuner.operands import OUTPUT, Operands
 from tuner.presets import Candidate
-from tuner.recovery.caps import uncap
 from tuner.recovery.chains import Chain, find_chains
 from tuner.recovery.channels import ChannelStatistics
+from tuner.recovery.float_values import FloatValues
 from tuner.recovery.folding import FoldedPair
 from tuner.recovery.layers import channel_axis
 from tuner.recovery.scale_search import ScaleSearch
@@ -47,7 +47,7 @@ class Rescaling:
         self._allowed = tuple(n for n in config.search_space.repairs if n in SCALINGS)
         self._seed = config.seed
         self._wanted: dict[Chain, str | Repair | None] = {}
-        self._floats: dict[str, Tensor] = {}
+        self._floats = FloatValues(model)
 
     def find(self, folded: Iterable[FoldedPair], candidates: Candidates, ranged: Operands) -> None:
         """Find the chains that may be scaled; raises SpaceError where a rule asks in vain.
@@ -72,7 +72,10 @@ class Rescaling:
             self._channels[op].update(x)
 
     def run(self, ranges: CalibratedRanges, candidates: Candidates) -> tuple[Scaling, ...]:
-        """Scale, in place, the chains that gain; the ranges of their consumers follow."""
+        """Scale, in place, the chains that gain; the ranges of their consumers follow.
+
+        Raises SpaceError where a rule asks for what cannot be done.
+        """
         chains = self._reached()
         if not chains:
             return ()
@@ -91,9 +94,11 @@ class Rescaling:
             if best is not None:
                 self._scale(best)
                 found.append(best)
-        kept = check.kept(found)
+        self._refuse_lost(chains, found, "after a norm there are only smoothquant and awq")
+        kept = check.kept(found, self._floats)
         if len(kept) < len(found):
             _log.info("%d chains change the model's outputs: left as is", len(found) - len(kept))
+            self._refuse_lost(chains, kept, "the model uses that tensor elsewhere as well")
         for scaling in kept:
             self._replace_ranges(scaling, ranges)
         return kept
@@ -105,30 +110,36 @@ class Rescaling:
             self._scale(scaling)
         return scalings
 
-    def take_back(self, scalings: Iterable[Scaling]) -> None:
+    def take_back(self, scalings: Iterable[Scaling] = ()) -> None:
         """Give the model its own float values back, to the bit; no plan may be on."""
-        model = self._model.model
-        for name, value in self._floats.items():
-            model.get_parameter(name).data = value
-        self._model.weights.replace_originals(self._floats)
-        for scaling in scalings:
-            for path in scaling.chain.caps:
-                uncap(model.get_submodule(path))
+        self._floats.give_back()
 
     def _scale(self, scaling: Scaling) -> None:
         """Scale a chain, and keep what was there before the first scaling."""
-        model, chain = self._model.model, scaling.chain
-        for path in (chain.producer, *chain.consumers):
-            for name, parameter in model.get_submodule(path).named_parameters(path, recurse=False):
-                self._floats.setdefault(name, parameter.data)
+        self._floats.keep(scaling.chain)
         scale(self._model, scaling)
 
     def _reached(self) -> list[Chain]:
         """Return the chains whose tensor calibration saw; none where batches took branches."""
         if self._data.late and self._wanted:
             _log.info("batches take different branches: no channels are rescaled")
+            self._refuse_lost(self._wanted, (), "calibration batches take different branches")
             return []
-        return [c for c in self._wanted if self._channels[c.consumers[0]].count]
+        reached = [c for c in self._wanted if self._channels[c.consumers[0]].count]
+        lost = [c for c in self._wanted if c not in reached]
+        self._refuse_lost(lost, (), "calibration saw no finite value of it")
+        return reached
+
+    def _refuse_lost(self, chains: Iterable[Chain], done: Iterable[Scaling], why: str) -> None:
+        """Raise SpaceError where what a rule asks for was not done."""
+        scaled = {scaling.chain for scaling in done}
+        for chain in chains:
+            asked = self._wanted[chain]
+            if asked is not None and chain not in scaled:
+                raise SpaceError(
+                    f"{', '.join(chain.consumers)}: {name_of(asked)} cannot scale the channels of "
+                    f"this input, which {chain.producer!r} makes: {why}. Leave the recovery out"
+                )
 
     def _calls(self, names: Sequence[str]) -> Calls:
         """Capture calls of the consumers on the first samples."""

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from tuner.subclasses import Variant, set_class
 
 
-def cap(module: nn.Module, channels: int, axis: int) -> Tensor:
+def cap(module: nn.Module, channels: int, axis: int, like: Tensor) -> Tensor:
     """Make a ReLU6 one with a cap of each channel along an axis, in place; return the caps.
 
-    They are a buffer of the module, `cap` `[channels, 1 …]`, and 6 at first.
+    They are a buffer of the module, `cap` `[channels, 1 …]`, and 6 at first: on the device of
+    `like`, the weight before it, and at least as exact.
     """
     known = module._buffers.get("cap")
     if known is not None:
         return known
     assert isinstance(module, nn.Hardtanh)
     shape = (channels, *[1] * (-1 - axis))
-    module.register_buffer("cap", torch.full(shape, float(module.max_val)))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    caps = torch.full(shape, float(module.max_val), dtype=dtype, device=like.device)
+    module.register_buffer("cap", caps)
     set_class(module, _CAPPED.of(type(module)))
     return module.get_buffer("cap")
 

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tuner.graph import Node, OpGraph
 from tuner.ops import Op
-from tuner.recovery.layers import input_channels, output_channels
+from tuner.recovery.layers import input_channels, output_axis, output_channels
 
 _HOMOGENEOUS = frozenset(
     {
@@ -27,6 +27,9 @@ _HOMOGENEOUS = frozenset(
     }
 )
 """Functions that pass a positive factor of a channel on, and leave the order of channels."""
+
+_RESHAPES = frozenset({"flatten", "view", "reshape", "squeeze", "unsqueeze", "mean"})
+"""Those after which the channels may lie along another axis, counted from the end."""
 
 _TYPES = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -109,6 +112,7 @@ class _Finder:
 
     def _chain(self, path: str, nodes: list[Node]) -> Chain | None:
         reached: set[int] = set()
+        reshaped: set[int] = set()
         consumers: dict[str, None] = {}
         caps: dict[str, None] = {}
         waiting = [node.index for node in nodes]
@@ -121,9 +125,11 @@ class _Finder:
             for node in followers:
                 if self._consumes(node, index):
                     consumers[node.op or ""] = None
-                elif self._passes(node):
+                elif self._passes(node) and not (_is_cap(node) and index in reshaped):
                     waiting.append(node.index)
-                    caps.update({node.scope: None} if node.function in _CAPPED else {})
+                    caps.update({node.scope: None} if _is_cap(node) else {})
+                    if index in reshaped or node.function in _RESHAPES:
+                        reshaped.add(node.index)
                 else:
                     return None
         channels = self._channels(path)
@@ -132,6 +138,8 @@ class _Finder:
             return None
         capped = [node for node in self._graph.nodes if node.scope in caps and node.op is None]
         if any(node.index not in reached for node in capped):  # one ReLU6 for several layers
+            return None
+        if caps and output_axis(self._modules[path]) is None:
             return None
         return Chain(path, names, channels, tuple(caps))
 
@@ -181,6 +189,10 @@ def _norm_channels(module: nn.Module) -> int:
         return 0
     weight = module._parameters.get("weight")
     return weight.numel() if weight is not None and weight.dim() == 1 else 0
+
+
+def _is_cap(node: Node) -> bool:
+    return node.function in _CAPPED
 
 
 def _same(ref: object, op: Op) -> bool:

@@ -6,15 +6,15 @@ from torch import Tensor
 from tuner.statistics import TensorStatistics, summarize
 
 _VALUES = 1 << 21
-"""How many values are kept of an activation; twice as many for a moment."""
+"""How many values are kept of an activation, though at least one position."""
 
 
 class ChannelStatistics:
     """Exact ranges of the channels in every batch, and a sample of positions with all channels.
 
     From both follow the statistics of x / s for any factors s `[channels]`: its extremes exactly,
-    its distribution from the sample. Positions are taken at even distances; where they become too
-    many, every second one stays, so the sample spans all batches and nothing is left to chance.
+    its distribution from the sample. Positions of all batches in a row are taken at even distances;
+    where they become too many, every second one stays, so nothing is left to chance.
     """
 
     def __init__(self, axis: int, values: int = _VALUES) -> None:
@@ -22,7 +22,7 @@ class ChannelStatistics:
         self._most = values
         self._distance = 1
         self._rows: list[Tensor] = []
-        self._kept = 0
+        self._seen = 0
         self._lows: list[Tensor] = []
         self._highs: list[Tensor] = []
 
@@ -46,13 +46,15 @@ class ChannelStatistics:
     def update(self, x: Tensor) -> None:
         """Add one batch `[…, channels at the axis, …]`; NaN and ±inf are left out."""
         x = x.detach()
+        if not x.numel():
+            return
         others = [i for i in range(x.dim()) if i != self._axis % x.dim()]
         low, high = (_reduced(x, others, end) for end in ("amin", "amax"))
         if not bool(torch.isfinite(low - high).all()):
             finite = torch.isfinite(x)
             low = _reduced(x.masked_fill(~finite, torch.inf), others, "amin")
             high = _reduced(x.masked_fill(~finite, -torch.inf), others, "amax")
-        if not x.numel() or bool((low > high).all()):
+        if bool((low > high).all()):
             return
         self._lows.append(low.float().cpu())
         self._highs.append(high.float().cpu())
@@ -72,20 +74,22 @@ class ChannelStatistics:
 
     def _keep(self, x: Tensor) -> None:
         """Keep positions of `[…, channels]`; they are picked before anything is copied."""
+        x = torch.atleast_2d(x)
         positions = x.shape[:-1].numel()
-        picked = torch.arange(0, positions, self._distance, device=x.device)
-        where = torch.unravel_index(picked, x.shape[:-1]) if x.dim() > 1 else None
-        rows = x[None] if where is None else x[where]
+        self._thin(self._seen + positions, x.shape[-1])
+        first = -self._seen % self._distance
+        picked = torch.arange(min(first, positions), positions, self._distance, device=x.device)
+        rows = x[torch.unravel_index(picked, x.shape[:-1])]
         self._rows.append(rows.float().cpu())
-        self._kept += rows.numel()
-        while self._kept > self._most and self._longest > 1:
-            self._distance *= 2
-            self._rows = [kept[::2].clone() for kept in self._rows]
-            self._kept = sum(kept.numel() for kept in self._rows)
+        self._seen += positions
 
-    @property
-    def _longest(self) -> int:
-        return max(len(kept) for kept in self._rows)
+    def _thin(self, positions: int, channels: int) -> None:
+        """Make the distance fit for so many positions, and leave out what lies between."""
+        before, most = self._distance, max(self._most // max(channels, 1), 1)
+        while -(-positions // self._distance) > most:
+            self._distance *= 2
+        if self._rows and self._distance > before:
+            self._rows = [torch.cat(self._rows)[:: self._distance // before].clone()]
 
 
 def _reduced(x: Tensor, axes: list[int], function: str) -> Tensor:

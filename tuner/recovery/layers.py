@@ -23,6 +23,17 @@ def channel_axis(module: nn.Module) -> int:
     return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
 
 
+def output_axis(module: nn.Module) -> int | None:
+    """Return the axis of a layer's or norm's output that holds the channels, from the end.
+
+    None where that depends on the input: after BatchNorm1d and GroupNorm.
+    """
+    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+        return -3 if isinstance(module, nn.BatchNorm2d) else -4
+    has_one = isinstance(module, nn.Linear | _ConvNd | nn.LayerNorm | nn.RMSNorm)
+    return channel_axis(module) if has_one else None
+
+
 def on_output_channels(module: nn.Module, weight: Tensor, factors: Tensor) -> Tensor:
     """Return a layer's weight, each output channel times its factor `[out]`."""
     if not isinstance(module, _ConvTransposeNd):

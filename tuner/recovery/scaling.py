@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from tuner.batches import Feeder
 from tuner.errors import PlanError
+from tuner.isolation import RandomState, isolated_random_state
 from tuner.model import InstrumentedModel
 from tuner.recovery.caps import cap
 from tuner.recovery.chains import Chain
+from tuner.recovery.float_values import FloatValues
 from tuner.recovery.layers import (
-    channel_axis,
     input_channels,
     on_input_channels,
     on_output_channels,
+    output_axis,
 )
 from tuner.repairs import Repair
 from tuner.tensors import tensors_in
@@ -84,8 +86,8 @@ def scale(model: InstrumentedModel, scaling: Scaling) -> None:
         parameter.data = value.to(parameter.dtype)
     model.weights.replace_originals({name: root.get_parameter(name).data for name in changed})
     for path in chain.caps:
-        caps = cap(root.get_submodule(path), chain.channels, channel_axis(producer))
-        caps.div_(scaling.factors.to(caps).view(caps.shape))
+        caps = _capped(root.get_submodule(path), chain, producer)
+        caps.copy_(caps.double() / scaling.factors.to(caps.device).view(caps.shape))
 
 
 def _divided(module: nn.Module, path: str, factors: Tensor) -> dict[str, Tensor]:
@@ -98,6 +100,12 @@ def _divided(module: nn.Module, path: str, factors: Tensor) -> dict[str, Tensor]
         scaled = on_output_channels(module, whole, inverse) if is_matrix else whole * inverse
         changed[_joined(path, name)] = scaled
     return changed
+
+
+def _capped(module: nn.Module, chain: Chain, producer: nn.Module) -> Tensor:
+    axis = output_axis(producer)
+    assert axis is not None
+    return cap(module, chain.channels, axis, producer.get_parameter("weight"))
 
 
 def _joined(path: str, name: str) -> str:
@@ -117,12 +125,13 @@ def prepare_caps(model: nn.Module, scalings: Iterable[Scaling]) -> None:
                 f"{error}: it is a plan for another architecture"
             ) from error
         for module in modules:
-            if not isinstance(module, nn.Hardtanh):
+            if not isinstance(module, nn.Hardtanh) or output_axis(producer) is None:
                 raise PlanError(
-                    f"the channels after {chain.producer!r} were scaled through a ReLU6, which is "
-                    f"a {type(module).__name__} here: it is a plan for another architecture"
+                    f"the channels after {chain.producer!r} were scaled through a ReLU6, but they "
+                    f"are a {type(producer).__name__} and a {type(module).__name__} here: it is a "
+                    "plan for another architecture"
                 )
-            cap(module, chain.channels, channel_axis(producer))
+            _capped(module, chain, producer)
 
 
 class FunctionCheck:
@@ -135,24 +144,26 @@ class FunctionCheck:
         self._model = model
         self._feeder = feeder
         self._batch = batch
+        self._random = RandomState.now()
         self._expected = self._outputs()
 
-    def kept(self, scalings: Sequence[Scaling]) -> tuple[Scaling, ...]:
+    def kept(self, scalings: Sequence[Scaling], floats: FloatValues) -> tuple[Scaling, ...]:
         """Return those of the scalings, which are on the model, that leave its function alone.
 
-        The others are taken back.
+        The others are taken back; `floats` are the values from before the first of them.
         """
-        if self._holds():
+        if not scalings or self._holds():
             return tuple(scalings)
-        for scaling in reversed(scalings):
-            scale(self._model, _inverse(scaling))
+        floats.give_back()
         kept = []
         for scaling in scalings:
+            before = FloatValues(self._model)
+            before.keep(scaling.chain)
             scale(self._model, scaling)
             if self._holds():
                 kept.append(scaling)
             else:
-                scale(self._model, _inverse(scaling))
+                before.give_back()
         return tuple(kept)
 
     def _holds(self) -> bool:
@@ -163,12 +174,11 @@ class FunctionCheck:
 
     @torch.no_grad()
     def _outputs(self) -> list[Tensor]:
-        found = tensors_in(self._feeder(self._model.model, self._batch))
+        """Return the outputs, each time with the same random numbers."""
+        with isolated_random_state():
+            self._random.restore()
+            found = tensors_in(self._feeder(self._model.model, self._batch))
         return [tensor.detach().clone() for tensor in found if tensor.is_floating_point()]
-
-
-def _inverse(scaling: Scaling) -> Scaling:
-    return Scaling(scaling.chain, scaling.repair, 1 / scaling.factors)
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
