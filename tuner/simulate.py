@@ -49,6 +49,10 @@ def simulate(
     The structure stays as it is: batch norm is not folded. Weights are rounded once, when this
     returns; inputs and outputs at each call, their gradient passed straight through.
 
+    Under torch.utils.checkpoint, modules are computed again as they are, quantized; a function that
+    makes functional calls is refused in training, with UnsupportedError. A checkpoint of another
+    library is not known.
+
     Without `calib_dataloader` the model is never run: then functional calls (`F.linear`, `@`,
     attention) are out of reach and stay FP32, and so do static ranges of inputs and outputs.
 

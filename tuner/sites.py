@@ -3,8 +3,10 @@
 A leaf module is reached by swapping its class, in place, for a subclass with another forward; a
 functional call by a TorchFunctionMode that is active while an instrumented module runs. Names of
 functional calls are `path/function:index`, counted anew at each call of the module at `path`.
+The mode is not active where torch.utils.checkpoint computes a function again: that is refused.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,11 +14,12 @@ from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from tuner.errors import SchemeError
+from tuner.errors import SchemeError, UnsupportedError
 from tuner.operands import OUTPUT, operand_name
 from tuner.ops import FUNCTIONS, Family, Operand, multihead_attention
 from tuner.quantizer import Quantizer
@@ -54,6 +57,11 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "note": partial(str, self.note())}
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a call gives anything else than the function itself."""
+        return self.output is not None or any(self.inputs)
 
     def operand(self, index: int, x: Tensor) -> Tensor:
         """Fake-quantize an operand, where a quantizer sits on it.
@@ -107,10 +115,13 @@ class Tap(Protocol):
 
 
 class _Frames(threading.local):
-    """The running scopes, innermost last: path, and calls by function (None: of no interest)."""
+    """The running scopes, innermost last.
+
+    They are path, calls by function (None: of no interest), and whether a backward may follow.
+    """
 
     def __init__(self) -> None:
-        self.stack: list[tuple[str, dict[str, int] | None]] = []
+        self.stack: list[tuple[str, dict[str, int] | None, bool]] = []
         self.owners: set[str] | None = None
         self.has_mode = False
 
@@ -151,7 +162,7 @@ class Runtime:
     def run_function(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute a torch function call, as a site if it is one that can be quantized."""
         stack = self.frames.stack
-        path, counts = stack[-1] if stack else ("", None)
+        path, counts, trains = stack[-1] if stack else ("", None, False)
         if counts is None:
             return fn(*args, **kwargs)
         entry = FUNCTIONS.get(fn)
@@ -161,9 +172,24 @@ class Runtime:
             return self.tap.other(path, fn, args, kwargs)
         index = counts.get(entry[0], 0)
         counts[entry[0]] = index + 1
-        return self.run(f"{path}/{entry[0]}:{index}", entry[1], fn, args, kwargs)
+        name = f"{path}/{entry[0]}:{index}"
+        if trains and self.tap is None:
+            self._refuse_recomputation(name)
+        return self.run(name, entry[1], fn, args, kwargs)
 
-    def scoped(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _refuse_recomputation(self, name: str) -> None:
+        site = self.sites.get(name)
+        if site is None or not site.rounds or not _is_checkpointed():
+            return
+        raise UnsupportedError(
+            f"{name} is called by a function under torch.utils.checkpoint, which would compute it "
+            "again without quantization, and give wrong gradients: checkpoint an nn.Module whose "
+            "forward makes this call, or do without checkpointing"
+        )
+
+    def scoped(
+        self, path: str, training: bool, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         """Run a module's forward as the innermost scope.
 
         The mode, through which every torch function call is slower, starts where the first scope
@@ -174,7 +200,7 @@ class Runtime:
         if not stack:
             frames.owners = self._owners()
         is_owner = frames.owners is None or path in frames.owners
-        stack.append((path, {} if is_owner else None))
+        stack.append((path, {} if is_owner else None, training and torch.is_grad_enabled()))
         depth = len(stack)
         try:
             if frames.has_mode or not is_owner:
@@ -196,6 +222,18 @@ class Runtime:
                 return forward(*args, **kwargs)
         finally:
             self.frames.has_mode = False
+
+
+def _is_checkpointed() -> bool:
+    """Whether a function that the innermost scope has torch.utils.checkpoint call is running."""
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not Runtime.scoped.__code__:
+        frame = frame.f_back
+        if frame.f_globals is vars(torch.utils.checkpoint):
+            return True
+    return False
 
 
 class _CallMode(TorchFunctionMode):
@@ -256,7 +294,9 @@ class _ScopeMixin(_Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__.get("_tuner_forward")
         forward = own or partial(self._tuner_base.forward, self)
-        return self._tuner_runtime.scoped(self._tuner_path, forward, args, kwargs)
+        assert isinstance(self, nn.Module)
+        path, training = self._tuner_path, self.training
+        return self._tuner_runtime.scoped(path, training, forward, args, kwargs)
 
 
 class _AttentionMixin(_Swapped):
