@@ -60,7 +60,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> floa
     loss = main_output(model(batch)).square().mean()
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def evaluated(model: nn.Module, batch: Tensor) -> Tensor:

@@ -178,11 +178,13 @@ class TestForward:
         weights = torch.optim.SGD(model.model.parameters(), lr=0.1)
         scales = torch.optim.Adam(model.scales().values(), lr=0.01)
         stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-        for batch in batches(3):
+        for index, batch in enumerate(batches(3)):
             model(batch).sum().backward()
-            for optimizer in (stranger, weights, scales):
-                optimizer.step()
-        assert int(model.steps) == 3
+            stranger.step()
+            assert int(model.steps) == index
+            weights.step()
+            scales.step()
+            assert int(model.steps) == index + 1
         model.count_step()
         assert int(model.steps) == 4
 
