@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from tests.tuner.nets import Attention, ConvNet, Tied, inputs_for, main_output, seeded
@@ -69,7 +70,7 @@ def test_gradients_are_those_of_the_eager_model(net_type: type[nn.Module], metho
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_of_modules_is_one_graph_and_is_compiled_once(method: str) -> None:
     model = prepared(Perceptron(), batches(), method=method, quant_start_step=1)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = torch.optim.SGD(parameter_groups(model, 0.01))
     counts = []
