@@ -29,11 +29,11 @@ class Rounder:
 
     def __init__(self, ops: Iterable[Op], wanted: Iterable[str]) -> None:
         ops, names = list(ops), set(wanted)
-        uses: dict[str, int] = {}
+        uses: dict[object, int] = {}
         for op in ops:
             for ref in op.weights:
-                uses[ref.path] = uses.get(ref.path, 0) + 1
-        own = (op for op in ops if len(op.weights) == 1 and uses[op.weights[0].path] == 1)
+                uses[ref.key] = uses.get(ref.key, 0) + 1
+        own = (op for op in ops if len(op.weights) == 1 and uses[op.weights[0].key] == 1)
         self._refs = {op.name: op.weights[0] for op in own if op.name in names}
         self._moments: dict[str, InputMoments | None] = {}
         self._factors: dict[str, Tensor] = {}

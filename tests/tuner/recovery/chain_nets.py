@@ -29,7 +29,7 @@ class Net(nn.Module):
 def recorded(net: nn.Module, x: Tensor) -> tuple[InstrumentedModel, OpGraph]:
     """Return an instrumented network and the graph of one forward."""
     model = InstrumentedModel(net)
-    graph = model.record(lambda: net(x), x.shape[0])
+    graph = model.record(lambda: net(x), max(x.shape[0], 1))
     model.ops = graph.ops
     return model, graph
 
