@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from tests.tuner.nets import Attention, ConvNet, Tied, inputs_for, main_output, seeded
-from tests.tuner.training.tasks import METHODS, Perceptron, batches, prepared
+from tests.tuner.training.tasks import METHODS, Perceptron, batches, evaluated, prepared
 from tuner.trainable_model import TrainableModel, parameter_groups
 
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
@@ -70,6 +70,8 @@ def test_gradients_are_those_of_the_eager_model(net_type: type[nn.Module], metho
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_of_modules_is_one_graph_and_is_compiled_once(method: str) -> None:
     model = prepared(Perceptron(), batches(), method=method, quant_start_step=1)
+    evaluated(model, batches()[0])  # what is remembered of a format is a guard
+    model.train()
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = torch.optim.SGD(parameter_groups(model, 0.01))
