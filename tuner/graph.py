@@ -123,7 +123,7 @@ class Recorder:
             self._producers[id(tensor)] = (weakref.ref(tensor), index)
 
     def _record_op(self, name: str, call: Call, operands: dict[int, Tensor], output: Any) -> None:
-        refs = self._operand_weights(call, operands)
+        refs = self._steady_weights(name, call, operands)
         weights = tuple(refs.values()) or self._module_weights(call)
         activations = tuple(i for i in sorted(operands) if i not in refs)
         facts = CallFacts(operands, call.module, call.args, output)
@@ -147,6 +147,15 @@ class Recorder:
         names = call.family.weight_names(call.module)
         parameters = (call.module.get_parameter(name) for name in names)
         return tuple(WeightRef(self._paths[id(p)], axis) for p in parameters)
+
+    def _steady_weights(
+        self, name: str, call: Call, operands: dict[int, Tensor]
+    ) -> dict[int, WeightRef]:
+        """Return the weight of a functional call, none where another call of it took another."""
+        refs = self._operand_weights(call, operands)
+        known = self._ops.get(name)
+        is_steady = known is None or known.weights == tuple(refs.values())
+        return refs if is_steady or call.module is not None else {}
 
     def _operand_weights(self, call: Call, operands: dict[int, Tensor]) -> dict[int, WeightRef]:
         """Return the one operand of a functional call that is a parameter, the last if several."""
@@ -215,11 +224,12 @@ def weight_elements(ref: WeightRef, shape: torch.Size) -> int:
 
 
 def _merged(first: Op, again: Op) -> Op:
-    """Add the MACs of a further call of the same op."""
+    """Add the MACs of a further call of the same op, which has no weight where that changed."""
+    op = first if first.weights == again.weights else again
     if len(first.products) != len(again.products):
-        return first
-    pairs = zip(first.products, again.products, strict=True)
-    return replace(first, products=tuple(replace(a, macs=a.macs + b.macs) for a, b in pairs))
+        return op
+    pairs = zip(op.products, first.products, again.products, strict=True)
+    return replace(op, products=tuple(replace(p, macs=a.macs + b.macs) for p, a, b in pairs))
 
 
 def _per_sample(op: Op, samples: int) -> Op:

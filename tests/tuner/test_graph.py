@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tuner.nets import (
@@ -94,6 +95,44 @@ def test_shared_module_is_one_op_and_its_macs_add_up() -> None:
     graph = record(seeded(Branching))
     assert list(graph.ops) == ["parts.shared", "parts.other"]
     assert graph.ops["parts.shared"].macs == 2 * 64
+
+
+class Product(nn.Module):
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w)
+
+
+class Lends(nn.Module):
+    """One block computes with what it is given: parameters, a part of one, an activation."""
+
+    def __init__(self, uses: str) -> None:
+        super().__init__()
+        self.block = Product()
+        self.w1, self.w2 = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+        self.uses = uses
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = {"1": self.w1, "2": self.w2, "t": self.w1.t(), "h": self.w1[:4], "x": x}
+        return torch.cat([self.block(x, given[name]) for name in self.uses], -1)
+
+
+@pytest.mark.parametrize("uses", ["12", "121", "1t", "1h", "h1", "1x", "x1"])
+def test_an_operand_that_is_not_always_the_same_parameter_is_an_activation(uses: str) -> None:
+    net = Lends(uses)
+    x = torch.randn(8, 8)
+    op = InstrumentedModel(net).record(lambda: net(x), 8).ops["block/linear:0"]
+    assert (op.weights, op.activations, op.parameters) == ((), (0, 1), 0)
+    assert op.input_shapes == ((8, 8), (4 if uses.endswith("h") else 8, 8))
+    assert op.macs == 8 * sum(4 if name == "h" else 8 for name in uses)
+
+
+@pytest.mark.parametrize("uses", ["1", "22"])
+def test_an_operand_that_is_always_the_same_parameter_is_a_weight(uses: str) -> None:
+    net = Lends(uses)
+    x = torch.randn(8, 8)
+    op = InstrumentedModel(net).record(lambda: net(x), 8).ops["block/linear:0"]
+    assert [ref.path for ref in op.weights] == [f"w{uses[0]}"]
+    assert (op.activations, op.macs) == ((0,), 64 * len(uses))
 
 
 def test_calls_that_cannot_be_quantized_are_counted_and_listed() -> None:
