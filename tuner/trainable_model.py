@@ -35,8 +35,8 @@ from tuner.schemes import TensorScheme
 class LearnedRange:
     """What one tensor is quantized with: `operand` is `weight`, `input 0`, …, or `output`.
 
-    Scale and zero point are shaped as the scheme has them; `minimum` and `maximum` are the ends of
-    the range of each scale.
+    Scale and zero point are shaped as the scheme has them; `min` and `max` are the ends of the
+    range of each scale.
     """
 
     name: str
@@ -44,8 +44,14 @@ class LearnedRange:
     bits: int
     scale: Tensor
     zero_point: Tensor
-    minimum: Tensor
-    maximum: Tensor
+    min: Tensor
+    max: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a mapping of strict JSON: tensors as numbers, or lists of them."""
+        tensors = ("scale", "zero_point", "min", "max")
+        plain = {"name": self.name, "operand": self.operand, "bits": self.bits}
+        return {**plain, **{name: getattr(self, name).tolist() for name in tensors}}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """The state of a trainable model: its names, groups, copies, ranges, and lower precision."""
 
 import copy
+import json
 import math
 import pickle
 
@@ -68,10 +69,12 @@ class TestState:
         assert torch.equal(activation.scale, torch.as_tensor(expected.scale))
         assert int(activation.zero_point) == int(expected.zero_point)  # type: ignore[arg-type]
         zero = float(activation.zero_point)
-        assert float(activation.minimum) == pytest.approx((-128 - zero) * float(activation.scale))
-        assert float(activation.maximum) == pytest.approx((127 - zero) * float(activation.scale))
+        assert float(activation.min) == pytest.approx((-128 - zero) * float(activation.scale))
+        assert float(activation.max) == pytest.approx((127 - zero) * float(activation.scale))
         assert weight.scale.shape == (3,)
-        torch.testing.assert_close(weight.maximum, 7 * weight.scale)
+        torch.testing.assert_close(weight.max, 7 * weight.scale)
+        plain = json.loads(json.dumps([r.to_dict() for r in found.values()], allow_nan=False))
+        assert plain[0]["min"] == pytest.approx(float(found["first", "input 0"].min))
         rounded = dict(frozen.model.named_parameters())["second.weight"]
         codes = rounded / weight.scale.unsqueeze(1)
         torch.testing.assert_close(codes, codes.round(), **FP32)
