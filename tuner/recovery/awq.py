@@ -62,7 +62,7 @@ def awq_scales(
 
 def _scales(magnitude: Tensor, ratio: float) -> Tensor:
     live = (magnitude > 0) & magnitude.isfinite()
-    scales = torch.where(live, magnitude, 1.0) ** ratio
+    scales = magnitude**ratio
     if bool(live.any()):
         scales = scales / (scales[live].max() * scales[live].min()).sqrt()
     return torch.where(live, scales.clamp(1 / LARGEST_SCALE, LARGEST_SCALE), 1.0)

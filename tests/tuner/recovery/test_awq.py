@@ -52,6 +52,9 @@ def test_the_best_of_all_ratios_for_weights_that_share_an_input() -> None:
     ours = output_error(weights, x, scales)
     assert ours == pytest.approx(errors[ratio], rel=FP32_SUMS)
     assert ours < GAIN * errors[0.0]
+    expected = magnitude**ratio
+    expected /= (expected.max() * expected.min()).sqrt()
+    torch.testing.assert_close(scales, expected, rtol=FP32_SUMS, atol=0)
 
 
 def test_without_magnitudes_the_root_mean_square_takes_their_place() -> None:

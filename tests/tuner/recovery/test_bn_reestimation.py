@@ -74,9 +74,16 @@ def test_a_model_in_training_mode_stays_in_it() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_batches_go_through_feed() -> None:
+def test_batches_go_through_feed_without_gradients() -> None:
     model = Net().eval()
-    reestimate_batch_norms(model, [{"x": x} for x in batches()], lambda m, batch: m(batch["x"]))
+    gradients = []
+
+    def feed(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        gradients.append(torch.is_grad_enabled())
+        model(batch["x"])
+
+    reestimate_batch_norms(model, [{"x": x} for x in batches()], feed)
+    assert gradients == [False] * 3
     expected = Net().eval()
     reestimate_batch_norms(expected, batches())
     assert torch.equal(model.norm.running_mean, expected.norm.running_mean)

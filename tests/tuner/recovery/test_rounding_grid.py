@@ -34,6 +34,21 @@ def test_columns_are_rounded_as_fake_quantize_does(which: str) -> None:
             assert torch.equal(column, expected.mT[:, index]), case.scheme
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nf4", "abfp4"])
+def test_ties_are_rounded_as_fake_quantize_does(name: str) -> None:
+    """NVFP4 multiplies with a reciprocal, which a division differs from at ties alone."""
+    scheme = TensorScheme(format=name)
+    weight = normal(0, 32, 128)
+    qparams = compute_qparams(weight, scheme)
+    scale = torch.as_tensor(qparams.scale) * (qparams.global_scale or 1.0)
+    halves = torch.arange(128).remainder(25) / 4 - 3
+    x = halves * scale.repeat_interleave(128 // scale.shape[1], 1)
+    grid = matrix_grid(x, scheme, qparams, 1, 0)
+    assert grid is not None
+    expected = fake_quantize(x, scheme, qparams)
+    assert torch.equal(grid.rounded(as_matrix(x).mT.contiguous())[0].mT, expected)
+
+
 TABLES = {
     "int3": (TensorScheme(format="int3"), [-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]),
     "uint2, affine": (TensorScheme(format="uint2", symmetric=False), [-1.0, 0.0, 1.0, 2.0]),
