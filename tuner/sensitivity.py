@@ -23,6 +23,7 @@ from tuner.granularity import PerTensor
 from tuner.model import InstrumentedModel
 from tuner.operands import OUTPUT, Static, operand_shape
 from tuner.ops import Op
+from tuner.recovery.layers import channel_axis
 from tuner.repairs import BIAS_CORRECTION, ROUNDINGS
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.slices import axis_length
@@ -154,9 +155,31 @@ class SensitivityAnalysis:
     def _gram(self, op: Op, captured: CapturedCall) -> Tensor:
         components = self._components[op.name]
         reference = head_of(captured.replay(lambda i, x: x)).float()
-        perturbed = [head_of(self._perturbed(op, captured, c)).float() for c in components]
-        errors = output_errors(reference, captured.gradient, perturbed)
+        perturbed: dict[Component, Tensor] = {}
+        for component in components:
+            found = self._shifted(op, captured, component, perturbed)
+            if found is None:
+                found = head_of(self._perturbed(op, captured, component)).float()
+            perturbed[component] = found
+        errors = output_errors(reference, captured.gradient, list(perturbed.values()))
         return (errors @ errors.T).cpu()
+
+    def _shifted(
+        self,
+        op: Op,
+        captured: CapturedCall,
+        component: Component,
+        known: Mapping[Component, Tensor],
+    ) -> Tensor | None:
+        """Return the output with a corrected bias from that without, None where it is not known."""
+        index, scheme = component
+        rounding, corrected = _TREATMENT.get(index, (None, False))
+        plain = known.get((WEIGHT_TREATED[rounding, False], scheme))
+        module, correction = captured.call.module, self._model.corrections.correction
+        if not corrected or plain is None or module is None or correction is None:
+            return None
+        shift = correction(op, config_of(scheme, rounding, corrected)).to(plain)
+        return plain + shift.view(-1, *[1] * (-1 - channel_axis(module)))
 
     def _perturbed(self, op: Op, captured: CapturedCall, component: Component) -> Any:
         index, scheme = component
