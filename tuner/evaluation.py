@@ -31,13 +31,14 @@ class Evaluator:
         model.eval()
         self.random_state.restore()
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        dtypes = [p.dtype for p in model.parameters()]
+        values = {name: (p, p.data) for name, p in model.named_parameters(remove_duplicate=False)}
         try:
             value = self.eval_func(model)
         finally:  # what eval_func raised, Ctrl-C too, goes on as it is
+            has_other_types = _restore_types(model, values)
             _restore_buffers(model, before)
             model.eval()
-        if [p.dtype for p in model.parameters()] != dtypes:
+        if has_other_types:
             raise EvaluationError(
                 "eval_func changed the type of the model's parameters: it must leave the model "
                 "as it is (work on a copy)"
@@ -93,12 +94,26 @@ class Attempt:
         )
 
 
+def _restore_types(model: nn.Module, before: Mapping[str, tuple[nn.Parameter, Tensor]]) -> bool:
+    """Put parameters of another type back as they were; return whether there were any."""
+    now = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
+    types = {name: value.dtype for name, (_, value) in before.items()}
+    for name, (parameter, value) in before.items():
+        if now.get(name, types[name]) != types[name]:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, parameter)
+            parameter.data = value
+    return now != types
+
+
 def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Take back what an evaluation did to running statistics and the like."""
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             kept = before.get(name)
             if kept is not None and kept.shape == buffer.shape:
+                if buffer.dtype != kept.dtype:
+                    buffer.data = buffer.to(kept.dtype)
                 buffer.copy_(kept)
 
 

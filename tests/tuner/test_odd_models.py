@@ -184,6 +184,41 @@ def test_an_eval_func_that_changes_the_dtype_is_told() -> None:
         fit(mlp(), [X], eval_func=lambda m: float(len(str(m.double()))))
 
 
+@pytest.mark.parametrize("how", ["plain", "new objects", "raising"])
+def test_a_changed_dtype_fails_one_evaluation_and_not_the_next(how: str) -> None:
+    seen: list[tuple[set[torch.dtype], bool]] = []
+    net = seeded(ConvNet)
+    x, names = inputs_for(net), ("int8", "int4")
+
+    def eval_func(model: nn.Module) -> float:
+        tensors = [*model.parameters(), *model.buffers()]
+        seen.append(({t.dtype for t in tensors if t.is_floating_point()}, model.training))
+        score = float(model(x).detach().norm())
+        if len(seen) in (2, 4):
+            torch.__future__.set_overwrite_module_params_on_conversion(how == "new objects")
+            model.half()
+            if how == "raising":
+                raise ArithmeticError("no such score")
+        return score
+
+    try:
+        rows = quantization.sweep(net, [x], eval_func, names, progress=False).rows
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+    def norm(model: nn.Module) -> float:
+        return float(model(x).detach().norm())
+
+    alone = quantization.sweep(net, [x], norm, names, progress=False).rows
+    assert seen == [({torch.float32}, False)] * 7
+    wanted = "ArithmeticError" if how == "raising" else "type of the model's parameters"
+    for index, (row, other) in enumerate(zip(rows, alone, strict=True)):
+        if index in (0, 2):
+            assert wanted in str(row.reason)
+        else:
+            assert row.accuracy == other.accuracy
+
+
 def test_what_eval_func_raises_is_not_hidden_by_what_it_did() -> None:
     def eval_func(model: nn.Module) -> float:
         model.double()
