@@ -30,7 +30,7 @@ from tests.tuner.training.tasks import (
     step,
     train,
 )
-from tuner import OpConfig, PerChannel, PerGroup, Plan, Rule, TensorScheme, quantization
+from tuner import OpConfig, PerChannel, PerGroup, PerTensor, Plan, Rule, TensorScheme, quantization
 from tuner.qparams import fake_quantize
 from tuner.trainable_model import parameter_groups
 from tuner.trainable_preparation import prepare_qat
@@ -298,3 +298,32 @@ class TestPlans:
             frozen = model.to_quantized()
             assert frozen.plan.keys() == fitted.plan.keys()
             assert "trained for 1 steps" in frozen.result.best.reason
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(
+        "scheme",
+        [
+            TensorScheme(format="int4", symmetric=False, granularity=PerGroup(4)),
+            TensorScheme(format="uint4", granularity=PerGroup(3, 0)),
+            TensorScheme(format="int3", narrow=True, power_of_two_scale=True),
+            TensorScheme(format="e2m1", granularity=PerChannel(0)),
+            TensorScheme(format="e4m3fn"),
+            TensorScheme(format="mxfp4"),
+            TensorScheme(format="bf16"),
+        ],
+        ids=str,
+    )
+    def test_weights_and_inputs_of_every_kind(
+        self, scheme: TensorScheme, method: str, tmp_path: Path
+    ) -> None:
+        net = Perceptron()
+        inputs = scheme.model_copy(update={"granularity": PerTensor()})
+        learns = {"inputs": inputs, "outputs": "int8"}  # so that there is a scale to learn
+        model = prepared(net, batches(), weights=scheme, method=method, **learns)
+        train(model, batches())
+        expected = evaluated(model, batches()[0])
+        frozen = model.to_quantized()
+        assert torch.equal(evaluated(frozen, batches()[0]), expected)
+        frozen.save(tmp_path)
+        loaded = quantization.load(tmp_path, net)
+        assert torch.equal(evaluated(loaded, batches()[0]), expected)
