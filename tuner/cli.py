@@ -210,8 +210,8 @@ def parse_goal(
 
 
 def _function(target: str) -> Callable[[], Any]:
-    name, colon, function = target.partition(":")
-    if not colon:
+    name, _, function = target.partition(":")
+    if not function or not all(name.split(".")):
         raise TunerError(
             f"{target!r} names no function: give MODULE:FUNCTION, such as mymodel:task"
         )
@@ -219,8 +219,8 @@ def _function(target: str) -> Callable[[], Any]:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0]:
-            raise
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but one that it imports is not
         raise TunerError(f"there is no module {name!r} here or on the path") from error
     found = getattr(module, function, None)
     if not callable(found):

@@ -119,6 +119,11 @@ def test_sweep_without_a_function_takes_a_recipe(
     ("arguments", "says"),
     [
         (["fit", "mytask"], "names no function"),
+        (["fit", ":task"], "names no function"),
+        (["fit", "mytask:"], "names no function"),
+        (["fit", ".mytask:task"], "names no function"),
+        (["sweep", "my..task:task"], "names no function"),
+        (["fit", "mytask.sub:task"], "no module 'mytask.sub'"),
         (["fit", "nosuch:task"], "no module 'nosuch'"),
         (["fit", "mytask:tusk"], "it has impossible, task, wrong"),
         (["fit", "mytask:constant"], "no function 'constant'"),
