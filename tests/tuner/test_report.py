@@ -226,6 +226,8 @@ def test_the_goal_line_parts_what_meets_from_what_misses() -> None:
         (AccuracyGoal(), 1e-12, [1e-12, 2e-12]),
         (AccuracyGoal(max_drop=0), 0.7, [0.7, 0.7]),
         (AccuracyGoal(), 1e12, [1e12, math.nan]),
+        (AccuracyGoal(), 1e308, [-1e308, 1.7e308]),
+        (AccuracyGoal(higher_is_better=False), 1.7e308, [1.7e308, -1.7e308]),
     ],
 )
 def test_any_metric_stays_inside_the_plot(

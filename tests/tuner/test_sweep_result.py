@@ -153,6 +153,34 @@ def test_small_results_can_be_drawn(rows: tuple[SweepRow, ...], tmp_path: Path) 
     assert all(map(math.isfinite, numbers))
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [(1e308, -1e308, 1.7e308), (1.6e308, 1.7e308), (1e-310, 3e-310), (1e300, 0.0)],
+    ids=str,
+)
+def test_scores_at_the_ends_of_what_floats_hold(scores: tuple[float, ...], tmp_path: Path) -> None:
+    rows = tuple(
+        SweepRow(f"int{bits}", bits, "both", score, math.inf)
+        for bits, score in enumerate(scores, start=2)
+    )
+    result = SweepResult(scores[0], rows)
+    words = texts(drawn(result, tmp_path))
+    assert not {"nan", "inf"} & set(words)
+    assert max(map(len, words)) < 40
+    plot = sweep_plot(result)
+    heights = dict(zip(scores, (dot.y for dot in plot.dots), strict=True))
+    assert len(set(heights.values())) == len(scores)
+    assert sorted(scores) == sorted(scores, key=lambda score: -heights[score])
+    assert all(plot.top <= y <= plot.bottom for y in heights.values())
+    assert len({tick.label for tick in plot.y_ticks}) == len(plot.y_ticks) >= 2
+
+
 def test_a_plot_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="the plot cannot be written"):
         RESULT.plot(tmp_path / "nosuch" / "sweep.svg")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"sweep.svg", "a\0b", "", "a\ud800b"], ids=repr)
+def test_what_is_no_path_is_said(path: Any) -> None:
+    with pytest.raises(SaveError, match="the plot cannot be written to"):
+        RESULT.plot(path)

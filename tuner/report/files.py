@@ -9,12 +9,13 @@ from tuner.errors import SaveError
 
 def write_whole(what: str, path: str | Path, content: str) -> Path:
     """Write text to `path`, whole or not at all; raises SaveError that names `what` it is."""
-    target = Path(path)
     try:
+        target = Path(path)
         _write_atomically(target, content)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # what is no path, or holds a NUL
+        reason = getattr(error, "strerror", None) or error
         raise SaveError(
-            f"{what} cannot be written to {target}: {error.strerror or error}. "
+            f"{what} cannot be written to {path!r}: {reason}. "
             "Give a file name in a folder that exists and is writable"
         ) from error
     return target

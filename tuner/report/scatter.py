@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tuner.criteria import AccuracyGoal
 from tuner.records import TrialRecord
-from tuner.report.axes import Axis, Tick, linear_ticks, log_ticks
+from tuner.report.axes import Axis, Tick, linear_ticks, log_ticks, padded_axis
 from tuner.report.source import ReportSource
 from tuner.report.text import number, percent
 
@@ -110,7 +110,7 @@ def accuracy_axis(
     else:
         high = min(max([*accuracies, high]), high + _BELOW_GOAL * span)
     margin = _MARGIN * max(high - low, span)
-    return Axis(low - margin, high + margin, start, end)
+    return padded_axis(low, high, margin, start, end)
 
 
 def _kind(source: ReportSource, record: TrialRecord) -> str:

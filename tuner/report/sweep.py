@@ -8,7 +8,7 @@ from typing import Protocol
 
 from jinja2 import Environment, StrictUndefined
 
-from tuner.report.axes import Axis, Tick, linear_ticks
+from tuner.report.axes import Axis, Tick, linear_ticks, padded_axis
 from tuner.report.files import write_whole
 from tuner.report.text import number, percent
 
@@ -169,8 +169,8 @@ def _widths(places: dict[tuple[int, str], float]) -> tuple[Width, ...]:
 def _metric_axis(source: SweepSource, top: float) -> Axis:
     scores = [source.baseline, *(r.accuracy for r in source.rows if r.accuracy is not None)]
     low, high = min(scores), max(scores)
-    margin = _MARGIN * (high - low) or abs(high) * 0.01 or 1.0
-    return Axis(low - margin, high + margin, HEIGHT - BOTTOM, top)
+    margin = 2 * _MARGIN * (high / 2 - low / 2) or abs(high) * 0.01 or 1.0
+    return padded_axis(low, high, margin, HEIGHT - BOTTOM, top)
 
 
 def _dot(row: Row, x: float, axis: Axis) -> Dot:
