@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 from tuner.errors import UnknownNameError
 
 EQUALIZATION, SMOOTHQUANT, AWQ = "equalization", "smoothquant", "awq"
-GPTQ, ADAROUND = "gptq", "adaround"
+GPTQ, QUANTEASE, ADAROUND = "gptq", "quantease", "adaround"
 BIAS_CORRECTION = "bias_correction"
 BN_REESTIMATION = "bn_reestimation"
 QAT, LSQ = "qat", "lsq"
@@ -15,7 +15,7 @@ QAT, LSQ = "qat", "lsq"
 SCALINGS = (EQUALIZATION, SMOOTHQUANT, AWQ)
 """Move magnitude between a layer and the one before it; the float function stays as it is."""
 
-ROUNDINGS = (GPTQ, ADAROUND)
+ROUNDINGS = (GPTQ, QUANTEASE, ADAROUND)
 """Choose for each weight of an op whether it is rounded up or down."""
 
 TRAININGS = (QAT, LSQ)

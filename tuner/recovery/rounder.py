@@ -1,6 +1,7 @@
 """Weights rounded by what they multiply: the moments that calibration keeps, and what uses them."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +14,15 @@ from tuner.recovery.adaround import adaround
 from tuner.recovery.bias_correction import bias_correction
 from tuner.recovery.gptq import gptq
 from tuner.recovery.moments import InputMoments, moments_for
-from tuner.repairs import ADAROUND, GPTQ
+from tuner.repairs import ADAROUND, GPTQ, QUANTEASE
 from tuner.schemes import TensorScheme
 from tuner.sites import Call
 
-_METHODS: Mapping[str, Callable[..., tuple[Tensor, QParams]]] = {GPTQ: gptq, ADAROUND: adaround}
+_METHODS: Mapping[str, Callable[..., tuple[Tensor, QParams]]] = {
+    GPTQ: gptq,
+    QUANTEASE: partial(adaround, steps=0),
+    ADAROUND: adaround,
+}
 
 
 class Rounder:
