@@ -217,6 +217,15 @@ MISSING: dict[str, Case] = {
         TOKENS,
         [],
     ),
+    "layer norm over two axes, flattened": (
+        lambda: linears(
+            lambda net, x: net.head(net.norm(x).flatten(1)),
+            norm=nn.LayerNorm((5, 6)),
+            head=nn.Linear(30, 2),
+        ),
+        TOKENS,
+        [],
+    ),
     "the parts of attention": (
         lambda: Net(
             _attention,
@@ -292,12 +301,35 @@ def test_a_parameter_that_another_module_has_breaks_a_chain(which: str, name: st
     assert chains_of(net, torch.randn(ROWS))[1] == []
 
 
-def test_a_forward_of_the_users_own_breaks_a_chain() -> None:
-    class Squared(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).square()
+class Squared(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
 
-    for which in ("a", "b"):
-        net = through(F.relu)
-        setattr(net, which, Squared(6, 6))
-        assert chains_of(net, torch.randn(ROWS))[1] == []
+
+class Offset(nn.BatchNorm2d):
+    """A norm whose weight is counted from 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1 + self.weight
+        return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias)
+
+
+class Relu3(nn.ReLU6):
+    """A ReLU6 with another end than it says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardtanh(x, 0.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (linears(lambda net, x: net.d(net.a(x)), d=Squared(6, 6)), ROWS),
+        (linears(lambda net, x: net.a(net.d(x)), d=Squared(6, 6)), ROWS),
+        (convs(lambda net, x: net.a(net.d(x)), d=Offset(3)), IMAGE),
+        (convs(lambda net, x: net.b(net.d(net.a(x))), d=Relu3()), IMAGE),
+    ],
+    ids=["consumer", "producer", "norm", "relu6"],
+)
+def test_a_forward_of_the_users_own_breaks_a_chain(net: nn.Module, shape: tuple[int, ...]) -> None:
+    assert chains_of(net, torch.randn(shape))[1] == []

@@ -15,6 +15,7 @@ from tests.tuner.recovery.chain_nets import Net, chains_of
 from tuner.batches import Feeder
 from tuner.errors import PlanError
 from tuner.model import InstrumentedModel
+from tuner.recovery.caps import cap
 from tuner.recovery.chains import Chain
 from tuner.recovery.float_values import FloatValues
 from tuner.recovery.scaling import FunctionCheck, Scaling, prepare_caps, scale
@@ -139,6 +140,10 @@ def test_the_caps_of_a_double_model_are_exact() -> None:
     assert largest_difference(net(x), expected) < 1e-14
 
 
+def test_caps_lie_where_the_weight_before_them_lies() -> None:
+    assert cap(nn.ReLU6(), 4, -3, torch.empty(1, device="meta")).device.type == "meta"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_a_capped_relu6_can_be_copied(how: str) -> None:
@@ -234,6 +239,9 @@ def test_a_model_that_draws_random_numbers_can_be_checked() -> None:
     scaling = Scaling(chain, "equalization", factors_of(8))
     floats.keep(chain)
     scale(model, scaling)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.randn(3)  # what is drawn in between does not matter
+    state = torch.get_rng_state()
     assert check.kept([scaling], floats) == (scaling,)
     assert torch.equal(torch.get_rng_state(), state)
 
