@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from tuner.ops import Operand
 from tuner.sites import Call, Site
@@ -58,7 +59,7 @@ class Capture:
         output = call.invoke(_same)
         if isinstance(output, Tensor):
             return _listened(output, kept)
-        return type(output)((_listened(output[0], kept), *output[1:]))
+        return type(output)((_heard(output[0], kept), *output[1:]))
 
     def other(self, scope: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute any other call."""
@@ -81,6 +82,13 @@ def _kept(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
         return tensor
     return tensor.detach().clone()
+
+
+def _heard(head: Any, kept: CapturedCall) -> Any:
+    """Listen to the sequence that a recurrent layer returns, packed or not."""
+    if isinstance(head, PackedSequence):
+        return head._replace(data=_listened(head.data, kept))
+    return _listened(head, kept)
 
 
 def _listened(output: Tensor, kept: CapturedCall) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.tuner.nets import ALL, Attention, ConvNet, Functional, inputs_for, main_output, seeded
 from tuner.config import TuningConfig
@@ -131,3 +132,26 @@ def test_in_place_changes_of_operands_after_the_call_do_no_harm() -> None:
     torch.manual_seed(0)
     (plain,) = prepared(nn.Sequential(nn.Linear(8, 8)).eval(), [x]).space.space.units
     assert [o.damage for o in unit.options] == pytest.approx([o.damage for o in plain.options])
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, packs: bool) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 3)
+        self.packs = packs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.packs:
+            return self.head(self.lstm(x)[0])  # type: ignore[no-any-return]
+        packed = pack_padded_sequence(x, [5] * len(x), batch_first=True)
+        return self.head(pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0])  # type: ignore[no-any-return]
+
+
+def test_packed_sequences_have_the_damage_of_padded_ones() -> None:
+    x = torch.randn(16, 5, 8)
+    damages = []
+    for packs in (True, False):
+        torch.manual_seed(0)
+        units = prepared(_Recurrent(packs).eval(), [x]).space.space.units
+        damages.append([option.damage for unit in units for option in unit.options])
+    assert damages[0] == pytest.approx(damages[1], rel=1e-4)
