@@ -13,25 +13,25 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import machine
+import tables
 import torch
 from models import MODELS
 from torch import Tensor, nn
 
 from tuner import PerChannel, TensorScheme, fake_quantize
 from tuner.batches import Feeder
-from tuner.graph import OpGraph
 from tuner.isolation import copied
 from tuner.model import InstrumentedModel
 from tuner.ops import Op, WeightRef
 from tuner.recipes import Task
 from tuner.recovery.adaround import adaround
-from tuner.recovery.awq import awq_scales
 from tuner.recovery.gptq import gptq
 from tuner.recovery.moments import InputMoments, moments_for
 from tuner.recovery.rounding_rows import supports
 from tuner.sites import Call, Site
 
-_COLUMNS = ("nearest", "AWQ", "GPTQ", "descent", "AdaRound")
+_COLUMNS = ("nearest", "gptq", "quantease", "adaround")
 Weights = dict[str, Tensor]
 """Op → its rounded weight."""
 
@@ -72,15 +72,12 @@ class MomentsTap:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model, the weights that are rounded, what they multiply, and which share a LayerNorm."""
+    """A model, the weights that are rounded, and the moments of what they multiply."""
 
     model: nn.Module
     refs: Mapping[str, WeightRef]
     weights: Weights
     moments: Mapping[str, Tensor]
-    mean_abs: Mapping[str, Tensor]
-    siblings: tuple[tuple[str, ...], ...]
-    moments_s: float
 
     def scheme(self, op: str, bits: int) -> TensorScheme:
         granularity = PerChannel(self.refs[op].axis)
@@ -99,17 +96,13 @@ def subject(task: Task) -> Subject:
     feed, instrumented = Feeder(model), InstrumentedModel(model)
     graph = instrumented.record(lambda: feed(model, batches[0]), 1)
     tap = MomentsTap(_own_weights(graph.ops), len(batches))
-    started = time.perf_counter()
     with torch.no_grad(), instrumented.watching(tap):
         for batch in batches:
             feed(model, batch)
-    moments_s = time.perf_counter() - started
     refs = {op: tap.refs[op] for op in tap.moments}
     kept = {op: r.of(model.get_parameter(r.path)).detach().clone() for op, r in refs.items()}
     seconds = {op: m.second for op, m in tap.moments.items() if m.second is not None}
-    means = {op: m.mean_abs for op, m in tap.moments.items() if m.mean_abs is not None}
-    siblings = tuple(tuple(op for op in ops if op in refs) for ops in _after_norms(graph))
-    return Subject(model, refs, kept, seconds, means, siblings, moments_s)
+    return Subject(model, refs, kept, seconds)
 
 
 def _own_weights(ops: Mapping[str, Op]) -> dict[str, WeightRef]:
@@ -117,14 +110,6 @@ def _own_weights(ops: Mapping[str, Op]) -> dict[str, WeightRef]:
     uses = Counter(ref.path for op in ops.values() for ref in op.weights)
     single = {name: op.weights[0] for name, op in ops.items() if len(op.weights) == 1}
     return {n: r for n, r in single.items() if uses[r.path] == 1 or r.rows is not None}
-
-
-def _after_norms(graph: OpGraph) -> Iterator[tuple[str, ...]]:
-    """Yield the linear layers that read each LayerNorm."""
-    for node in graph.nodes:
-        if node.op is not None and graph.ops[node.op].type == "LayerNorm":
-            readers = (n.op for n in graph.consumers(node.index) if n.op is not None)
-            yield tuple(op for op in readers if graph.ops[op].type == "Linear")
 
 
 def by_nearest(s: Subject, bits: int) -> Weights:
@@ -149,65 +134,43 @@ def by_adaround(s: Subject, bits: int, **options: Any) -> Weights:
     }
 
 
-def by_awq(s: Subject, bits: int) -> Weights:
-    """Scale what a LayerNorm feeds; all else is rounded to nearest."""
-    found = by_nearest(s, bits)
-    for ops in filter(None, s.siblings):
-        scheme = s.scheme(ops[0], bits)
-        weights = [s.weights[op] for op in ops]
-        scales, _ = awq_scales(weights, s.moments[ops[0]], scheme, s.mean_abs[ops[0]])
-        for op, weight in zip(ops, weights, strict=True):
-            factors = scales.to(weight)
-            found[op] = fake_quantize(weight * factors, scheme) / factors
-    return found
+_WAYS = dict(zip(_COLUMNS, (by_nearest, by_gptq, by_descent, by_adaround), strict=True))
 
 
-_WAYS = dict(zip(_COLUMNS, (by_nearest, by_awq, by_gptq, by_descent, by_adaround), strict=True))
-
-
-def rows(name: str, all_bits: list[int], columns: list[str]) -> Iterator[str]:
-    """Yield a line of the table for each width."""
+def rows(name: str, all_bits: list[int], columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield a raw line for each width."""
     task = MODELS[name]()
     baseline = task.eval_func(task.model)
     s = subject(task)
     for bits in all_bits:
-        cells, drops = [], {}
-        for column in _COLUMNS:
-            if column not in columns or (column == "AWQ" and not any(s.siblings)):
-                cells.append("–")
-                continue
+        accuracies, seconds = {}, {}
+        for column in columns:
             started = time.process_time()
             s.put(_WAYS[column](s, bits))
-            seconds = time.process_time() - started
-            accuracy = task.eval_func(s.model)
-            drops[column] = baseline - accuracy
-            cells.append(f"{accuracy:.4f} ({seconds:.1f} s)")
-        yield _line([name, f"W{bits}", f"{baseline:.4f}", *cells, _share(drops)])
-
-
-def _share(drops: Mapping[str, float]) -> str:
-    """Return the least drop of GPTQ, descent and AdaRound, as a share of that to nearest."""
-    learned = [drops[c] for c in _COLUMNS[2:] if c in drops]
-    plain = drops.get("nearest", 0.0)
-    return f"{min(learned) / plain:.0%}" if learned and plain > 0 else "–"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+            seconds[column] = time.process_time() - started
+            accuracies[column] = task.eval_func(s.model)
+        yield {
+            "model": name,
+            "bits": bits,
+            "baseline": baseline,
+            "accuracies": accuracies,
+            "seconds": seconds,
+            "machine": machine.describe(),
+        }
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure what the arguments ask for, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--ways", nargs="+", choices=_COLUMNS, default=list(_COLUMNS))
     arguments = parser.parse_args()
-    head = ["model", "weights", "FP32", *_COLUMNS, "best drop ÷ drop to nearest"]
-    print(_line(head), _line(["---"] * len(head)), sep="\n", flush=True)
     for name in arguments.models:
-        for line in rows(name, arguments.bits, arguments.ways):
-            print(line, flush=True)
+        for row in rows(name, arguments.bits, arguments.ways):
+            tables.append(row, tables.ROUNDING)
+            print(name, f"W{row['bits']}", row["accuracies"], flush=True)
+    tables.render()
 
 
 if __name__ == "__main__":

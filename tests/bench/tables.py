@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 RUNS = HERE / "raw" / "runs"
 SPEED = HERE / "raw" / "speed"
 KERNELS = HERE / "raw" / "kernels"
+ROUNDING = HERE / "raw" / "rounding"
+QAT = HERE / "raw" / "qat"
 SERVICE = HERE / "raw" / "service"
 RESULTS = HERE / "RESULTS.md"
 
@@ -49,6 +51,52 @@ _TASK_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("metric", lambda r: r["metric"]),
     ("FP32", lambda r: f"{r['baseline']:.4f}"),
     ("one FP32 evaluation, s", lambda r: f"{r['baseline_eval_s']:.2f}"),
+)
+_ROUNDING_INTRODUCTION = """\
+`python tests/bench/rounding.py`: accuracy with weights at few bits (per channel, MSE scales, all
+else in float), by how they are rounded; in brackets the seconds of one core for all weights. Weights
+that an embedding shares stay float. The last column is the least drop of the three against that of
+rounding to nearest.
+"""
+
+
+def _rounded(way: str) -> Callable[[Row], str]:
+    return lambda row: (
+        f"{row['accuracies'][way]:.4f} ({row['seconds'][way]:.1f})"
+        if way in row["accuracies"]
+        else "–"
+    )
+
+
+def _least_share(row: Row) -> str:
+    drops = {way: row["baseline"] - value for way, value in row["accuracies"].items()}
+    plain = drops.pop("nearest")
+    return f"{min(drops.values()) / plain:.0%}" if plain > 0 and drops else "–"
+
+
+_ROUNDING_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("model", lambda r: r["model"]),
+    ("weights", lambda r: f"W{r['bits']}"),
+    ("FP32", lambda r: f"{r['baseline']:.4f}"),
+    *((way, _rounded(way)) for way in ("nearest", "gptq", "quantease", "adaround")),
+    ("least drop ÷ drop to nearest", _least_share),
+)
+_QAT_INTRODUCTION = """\
+`python tests/bench/qat.py`: the digits ResNet, every op quantized, trained under its plan for 20
+epochs on the training set; accuracies on the test set, over all seeds. Learned scales start at those
+of the paper, or at the calibrated ones.
+"""
+_QAT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("bits", lambda r: f"W{r['bits']}A{r['bits']}"),
+    ("method", lambda r: r["method"]),
+    ("start", lambda r: r["init"]),
+    ("seeds", lambda r: str(len(r["seeds"]))),
+    ("calibrated only", lambda r: _span((s["before"] for s in r["seeds"]), ".4f")),
+    ("trained", lambda r: _span((s["after"] for s in r["seeds"]), ".4f")),
+    ("FP32", lambda r: _span((s["baseline"] for s in r["seeds"]), ".4f")),
+    ("drop, worst", lambda r: f"{max(r['drops']):.2%}"),
+    ("drop, mean", lambda r: f"{sum(r['drops']) / len(r['drops']):.2%}"),
+    ("s", lambda r: _span((s["training_s"] for s in r["seeds"]), ".0f")),
 )
 _SPEED_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("model", lambda r: r["model"]),
@@ -140,6 +188,12 @@ def render() -> None:
         _goals(rows),
         _table(_COLUMNS, rows),
         _NOTES,
+        "## Rounding\n",
+        _ROUNDING_INTRODUCTION,
+        _table(_ROUNDING_COLUMNS, _newest(_read(ROUNDING), ("model", "bits"))),
+        "## Training\n",
+        _QAT_INTRODUCTION,
+        _table(_QAT_COLUMNS, _trained(_read(QAT))),
         "## Speed of simulated evaluations\n",
         _SPEED_INTRODUCTION,
         _table(_SPEED_COLUMNS, speeds),
@@ -153,6 +207,24 @@ def render() -> None:
         _machines([*rows, *speeds, *kernels, *services]),
     ]
     RESULTS.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _trained(rows: Iterable[Row]) -> list[Row]:
+    """Return one row for each kind of run: the newest of every seed, together."""
+    kinds: dict[tuple[Any, ...], dict[Any, Row]] = {}
+    for row in rows:
+        kinds.setdefault((row["bits"], row["method"], row["init"]), {})[row["seed"]] = row
+    found = []
+    for key in sorted(kinds, reverse=True):
+        seeds = list(kinds[key].values())
+        drops = [row["baseline"] - row["after"] for row in seeds]
+        found.append({**seeds[0], "seeds": seeds, "drops": drops})
+    return found
+
+
+def _span(values: Iterable[float], shown: str) -> str:
+    low, high = min(values := list(values)), max(values)
+    return f"{low:{shown}} to {high:{shown}}"
 
 
 def _read(folder: Path) -> list[Row]:
