@@ -19,6 +19,7 @@ from tuner.tensors import map_tensors
 _log = logging.getLogger(__name__)
 
 _SLICE = 32
+_MOST = 1e12
 
 Calls = dict[str, list[CapturedCall]]
 
@@ -93,16 +94,17 @@ class GradientPass:
 def output_errors(
     reference: Tensor, gradient: Tensor | None, perturbed: Sequence[Tensor]
 ) -> Tensor:
-    """Return g · Δ of each perturbed output, `[perturbed, values]`; NaN and ±inf count as 0.
+    """Return g · Δ of each perturbed output, `[perturbed, values]`; NaN counts as 0.
 
-    Without a gradient it is the error relative to the output.
+    Without a gradient it is the error relative to the output. What is beyond ±1e12, ±inf too,
+    counts as that, so that sums of squares stay finite.
     """
     if gradient is None:
         weight = reference.square().sum().div(max(reference.shape[0], 1)).rsqrt()
     else:
         weight = gradient.float()
     rows = [(found - reference).mul_(weight).flatten() for found in perturbed]
-    return torch.nan_to_num(torch.stack(rows))
+    return torch.nan_to_num(torch.stack(rows)).clamp_(-_MOST, _MOST)
 
 
 @contextmanager
