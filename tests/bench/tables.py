@@ -54,9 +54,9 @@ _TASK_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 _ROUNDING_INTRODUCTION = """\
 `python tests/bench/rounding.py`: accuracy with weights at few bits (per channel, MSE scales, all
-else in float), by how they are rounded; in brackets the seconds of one core for all weights. Weights
-that an embedding shares stay float. The last column is the least drop of the three against that of
-rounding to nearest.
+else in float), by how they are rounded; in brackets the seconds of one core for all weights.
+Weights that an embedding shares stay float. The last column is the least drop of the three against
+that of rounding to nearest.
 """
 
 
@@ -83,8 +83,8 @@ _ROUNDING_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 _QAT_INTRODUCTION = """\
 `python tests/bench/qat.py`: the digits ResNet, every op quantized, trained under its plan for 20
-epochs on the training set; accuracies on the test set, over all seeds. Learned scales start at those
-of the paper, or at the calibrated ones.
+epochs on the training set; accuracies on the test set, over all seeds. Learned scales start at
+those of the paper, or at the calibrated ones.
 """
 _QAT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("bits", lambda r: f"W{r['bits']}A{r['bits']}"),
