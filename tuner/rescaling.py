@@ -98,7 +98,7 @@ class Rescaling:
         kept = check.kept(found, self._floats)
         if len(kept) < len(found):
             _log.info("%d chains change the model's outputs: left as is", len(found) - len(kept))
-            self._refuse_lost(chains, kept, "the model uses that tensor elsewhere as well")
+            self._refuse_lost(chains, kept, "that changes the outputs of the model")
         for scaling in kept:
             self._replace_ranges(scaling, ranges)
         return kept

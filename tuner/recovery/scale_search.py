@@ -116,10 +116,12 @@ class ScaleSearch:
         return torch.stack(found).amax(0)
 
     def _exact(self, chain: Chain, factors: Tensor) -> Tensor:
-        """Return powers of two for half precision, which would round with any other factor."""
+        """Return powers of two for half precision and autocast, where other factors would round."""
         paths = chain.producer, *chain.consumers
         weights = (self.model.model.get_submodule(path).get_parameter("weight") for path in paths)
+        calls = (call for path in chain.consumers for call in self.calls.get(path, ()))
         is_half = any(weight.dtype in _HALF for weight in weights)
+        is_half = is_half or any(call.autocast is not None for call in calls)
         return factors.log2().round().exp2() if is_half else factors
 
     @torch.no_grad()

@@ -240,6 +240,21 @@ def test_half_precision_gets_powers_of_two(which: str, dtype: torch.dtype) -> No
     assert factors.tolist() == [0.25, 1.0, 1024.0]
 
 
+def test_autocast_gets_powers_of_two() -> None:
+    net, x = mlp(), torch.randn(64, 16)
+    plain = net.run
+
+    def run(net: Any, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(net, x)
+
+    net.run = run
+    search, (chain,) = search_of(net, x, [W8A8])
+    found = search.best(chain)
+    assert found is not None
+    assert torch.equal(found.factors, found.factors.log2().round().exp2())
+
+
 def test_channels_that_calibration_never_saw_do_harm_to_nobody() -> None:
     """Options without captured calls: what is asked for is done, nothing else."""
     net, x = mlp(), torch.randn(64, 16)
