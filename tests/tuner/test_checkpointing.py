@@ -100,3 +100,10 @@ def test_rounded_weights_alone_may_be_used_again(reentrant: bool) -> None:
     sim = quantization.simulate(OfFunctions(), weights=INT3, calib_dataloader=[X]).train()
     expected, got = backward(sim, plain), backward(sim, checkpointed(reentrant))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@EITHER
+def test_training_refuses_functions_too(reentrant: bool) -> None:
+    trainable = quantization.prepare_qat(OfFunctions(), calib_dataloader=[X], weights=INT3)
+    with pytest.raises(UnsupportedError, match=r"^/linear:0 .*checkpoint an nn.Module"):
+        backward(trainable.model, checkpointed(reentrant))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from tuner.ops import Family, Op, WeightRef
 from tuner.qparams import compute_qparams, whole_scale
@@ -77,6 +78,11 @@ class TrainableSite(Site):
         self.note = self._described
         self._forward = own_class(self.owner).forward
 
+    @property
+    def rounds(self) -> bool:
+        """True: a weight, an operand or the output is rounded."""
+        return True
+
     def run(
         self, family: Family, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
@@ -92,7 +98,13 @@ class TrainableSite(Site):
             return output
         if isinstance(output, Tensor):
             return self._through(self.parts.output, output)
-        return (self._through(self.parts.output, output[0]), *output[1:])
+        return (self._head(self.parts.output, output[0]), *output[1:])
+
+    def _head(self, quantizer: TrainableQuantizer, head: Any) -> Any:
+        """Round the sequence that a recurrent layer returns, packed or not."""
+        if isinstance(head, PackedSequence):
+            return head._replace(data=self._through(quantizer, head.data))
+        return self._through(quantizer, head)
 
     def operand(self, index: int, x: Tensor) -> Tensor:
         """Round an operand of the call, also where it is a parameter."""

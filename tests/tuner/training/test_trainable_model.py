@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.tuner.nets import (
     ALL,
@@ -327,3 +328,26 @@ class TestPlans:
         frozen.save(tmp_path)
         loaded = quantization.load(tmp_path, net)
         assert torch.equal(evaluated(loaded, batches()[0]), expected)
+
+
+def test_the_output_of_a_recurrent_layer_may_be_packed() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            lengths = torch.tensor([3, 2])
+            packed = pack_padded_sequence(x, lengths, batch_first=True)
+            return self.lstm(packed)[0].data  # type: ignore[no-any-return]
+
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    scheme = TensorScheme(format="int4")
+    rule = Rule(op_types=["LSTM"], options=[OpConfig(weight=scheme, output=scheme)])
+    trainable = prepare_qat(Packed(), calib_dataloader=[x], rules=[rule])
+    trainable(x).sum().backward()
+    assert trainable.model.lstm.weight_ih_l0.grad is not None
+    with torch.no_grad():
+        values = trainable.eval()(x)
+    assert len(values.unique()) <= 16
+    assert torch.equal(trainable.to_quantized()(x), values)
