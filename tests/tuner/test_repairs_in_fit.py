@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tuner.channels import site_qparams
 from tests.tuner.recovery.chain_nets import Net, spread
 from tuner import (
     AccuracyGoal,
@@ -317,3 +318,35 @@ def test_calibration_data_are_read_once_and_the_model_called_little_more() -> No
         assert bool(model._parts.scalings) == bool(repairs)
         counts.append(len(calls))
     assert counts[1] - counts[0] <= _MORE_CALLS
+
+
+def test_ranges_follow_the_scaled_channels() -> None:
+    model = fit(mlp(), rule(Repair(name="smoothquant", alpha=0.9)))
+    scale, _ = site_qparams(model.model, "b")
+    bare = without_plan(model)
+    with torch.no_grad():
+        largest = bare.a(X).relu().max()
+    torch.testing.assert_close(scale, largest / 255, rtol=_FP32, atol=0.0)
+
+
+def test_a_layer_whose_output_is_quantized_is_not_scaled() -> None:
+    option = OpConfig(weight=W4, inputs=(A8,), output=A8)
+    model = fit(mlp(), Rule(names=["a"], options=[option]))
+    assert [s.chain.producer for s in model._parts.scalings] == ["b"]
+
+
+def test_a_shared_bias_is_never_corrected_by_a_preset() -> None:
+    net = shared_bias()
+    expected = net(X).detach()
+    model = fit(net, repairs=("bias_correction",), eval_func=agreement(expected), max_trials=8)
+    corrected = {n for t in model.result.trials for n, c in t.plan.items() if c.recovery}
+    assert corrected <= {"c"}
+    with torch.no_grad():
+        assert torch.equal(without_plan(model)(X), expected)
+
+
+def test_the_table_says_what_scaling_buys() -> None:
+    model = fit(mlp(), preset="int8", repairs=("equalization", "smoothquant"))
+    gains = {s.chain.consumers[0]: s.gain for s in model._parts.scalings}
+    found = {row.name: row.repair_gain for row in model.result.op_table if row.repairs}
+    assert found == pytest.approx(gains)
