@@ -116,11 +116,13 @@ _KERNEL_INTRODUCTION = """\
 fp32 tensor to another that exists already; medians of calls and copies that alternate. The last
 column is the least of one call on 1,024 values. Backward reads two tensors and writes one.
 
-Runs differ. Of three in a row on the last machine only the newest is kept, after a change of how
-calls on 1,024 values are timed. With one thread and 16 MiB, which the machine's cache holds, they
-gave MXFP8 1.45, 1.52 and 1.24; mxint8 1.38, 1.33 and 1.17; int8 without a compiler 2.44, 2.30 and
-2.48. Between the first and the second, e4m3fn without a compiler lost two passes: 5.73, then 6.39
-and 4.78, so at 16 MiB nothing is shown; at 64 MiB 5.51, then 4.89 and 4.82.
+Machines and runs differ; the newest counts. On an Intel Xeon, with one thread and 16 MiB, which
+the cache holds, three runs in a row gave MXFP8 1.45, 1.52 and 1.24; mxint8 1.38, 1.33 and 1.17;
+int8 without a compiler 2.44, 2.30 and 2.48; e4m3fn without a compiler, which lost two passes after
+the first, 5.73, 6.39 and 4.78 (at 64 MiB 5.51, 4.89 and 4.82). The AMD EPYC of the table copies
+16 MiB in its cache at 50 GB/s. There, fetching ahead brought MXFP8 from 1.76 to between 1.45 and 1.6
+and at 64 MiB from 1.3 to 1.1, and backward from 2.4 to 1.75 and from 1.95 to 1.6; torch.add, which
+also reads two tensors and writes one, takes 1.4 to 1.5 copies there.
 """
 _SPEED_INTRODUCTION = """\
 Interleaved medians. A switch goes from all-int8 to a plan that differs in every op with a weight;
@@ -128,9 +130,10 @@ the first one quantizes the weights, a later one finds them in the cache. The co
 are `quantization.simulate` with that format on all weights (per channel) and inputs (static, per
 tensor; MX takes its scales from each tensor).
 
-Runs differ here, too; the newest counts. int8 ÷ FP32 of digits-resnet was 1.56 with 9 repeats,
-then 1.29, 1.16 and 1.19 with 15; of char-lm 1.31, then 1.32, 1.34, 1.31, and 1.30 after attention
-left out what a causal mask hides: no gain is shown. The raw lines hold them all.
+Machines and runs differ; the newest counts, here of an AMD EPYC with AVX-512. On an Intel Xeon
+int8 ÷ FP32 of digits-resnet was 1.56 with 9 repeats, then 1.29, 1.16 and 1.19 with 15; of char-lm
+1.31, then 1.32, 1.34, 1.31, and 1.30 after attention left out what a causal mask hides: no gain is
+shown there. The raw lines hold them all.
 """
 _SERVICE_ROWS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("jobs submitted over HTTP by 8 clients, /s", lambda r: f"{r['submissions_per_s']:.0f}"),
