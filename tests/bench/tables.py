@@ -120,7 +120,7 @@ Machines and runs differ; the newest counts. On an Intel Xeon, with one thread a
 the cache holds, three runs in a row gave MXFP8 1.45, 1.52 and 1.24; mxint8 1.38, 1.33 and 1.17;
 int8 without a compiler 2.44, 2.30 and 2.48; e4m3fn without a compiler, which lost two passes after
 the first, 5.73, 6.39 and 4.78 (at 64 MiB 5.51, 4.89 and 4.82). The AMD EPYC of the table copies
-16 MiB in its cache at 50 GB/s. There, fetching ahead brought MXFP8 from 1.76 to between 1.45 and 1.6
+16 MiB in its cache at 50 GB/s. Fetching ahead brought MXFP8 there from 1.76 to between 1.45 and 1.6
 and at 64 MiB from 1.3 to 1.1, and backward from 2.4 to 1.75 and from 1.95 to 1.6; torch.add, which
 also reads two tensors and writes one, takes 1.4 to 1.5 copies there.
 """
