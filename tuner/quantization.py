@@ -319,7 +319,7 @@ def _finished(
         model = trained._parts.model
     model.apply(plan)
     if not plan.quantized:  # nothing is left that gains by them
-        prepared.rescaling.take_back(scalings)
+        prepared.rescaling.take_back()
         scalings = ()
     model.weights.forget_cache()
     model.weights.rounder = model.corrections.correction = None  # they hold what they go by

@@ -110,7 +110,7 @@ class Rescaling:
             self._scale(scaling)
         return scalings
 
-    def take_back(self, scalings: Iterable[Scaling] = ()) -> None:
+    def take_back(self) -> None:
         """Give the model its own float values back, to the bit; no plan may be on."""
         self._floats.give_back()
 

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.tuner.nets import seeded
-from tuner import OpConfig, QuantizedModel, Rule, SearchSpace, TensorScheme, TuningConfig, quantization
+from tuner import (
+    OpConfig,
+    QuantizedModel,
+    Rule,
+    SearchSpace,
+    TensorScheme,
+    TuningConfig,
+    quantization,
+)
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 COARSE = TensorScheme(format="int3", calibration="minmax")
