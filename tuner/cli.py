@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tuner import recipes
-from tuner.config import TuningConfig
+from tuner.config import SearchSpace, TuningConfig
 from tuner.criteria import AccuracyGoal
 from tuner.errors import SaveError, TunerError
 from tuner.op_table import op_table_rich
@@ -99,6 +99,9 @@ def fit(
     space: Annotated[str, typer.Option(help="int8, int8-dynamic, int4-weight-only, mixed-int.")] = (
         "int8"
     ),
+    repairs: Annotated[
+        bool, typer.Option(help="Rescale, round and correct where that is predicted to help.")
+    ] = True,
     strategy: Annotated[str, typer.Option(help="auto, basic, random or tpe.")] = "auto",
     objective: Annotated[str, typer.Option(help="bops or size.")] = "bops",
     max_trials: Annotated[int, typer.Option(help="Evaluations beside the FP32 baseline.")] = 50,
@@ -114,7 +117,7 @@ def fit(
     """Tune your own model."""
     config = TuningConfig(
         goal=parse_goal(goal, at_least, lower_is_better, metric),
-        space=space,
+        space=space if repairs else SearchSpace(preset=space, repairs=()),
         strategy=strategy,
         objective=objective,
         max_trials=max_trials,

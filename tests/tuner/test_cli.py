@@ -72,6 +72,14 @@ def test_fit_save_show(folder: Path) -> None:
         assert word in shown.stdout
 
 
+def test_repairs_can_be_left_out(folder: Path) -> None:
+    common = ("fit", "mytask:task", "--space", "int4-weight-only", "--goal", "90%")
+    repaired, plain = tuner(folder, *common), tuner(folder, *common, "--no-repairs")
+    assert repaired.returncode == plain.returncode == 0, plain.stderr
+    assert "gptq" in repaired.stdout
+    assert "gptq" not in plain.stdout
+
+
 def test_a_missed_goal_shows_in_the_exit_code(folder: Path) -> None:
     done = tuner(folder, "fit", "mytask:impossible", "--at-least", "2")
     assert done.returncode == 1
