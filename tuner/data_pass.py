@@ -24,7 +24,8 @@ class DataPass:
 
     `record` reads the first batch only, so that what cannot work fails before anything slow runs;
     `calibrate` reads the rest. `graph` grows where a later batch takes another branch. `kept` are
-    the first batches, of at least `keep` samples; `late` those that took another branch.
+    the first batches, of at least `keep` samples; `late` those that reached further ops;
+    `branches` tells whether batches took different ways through the model.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class DataPass:
         self.graph = OpGraph({})
         self.kept: list[Any] = []
         self.late: list[Any] = []
+        self.branches = False
         self._model = model
         self._batches = enumerate(read_batches(loader, calib_samples))
         self._keep = keep
@@ -71,6 +73,7 @@ class DataPass:
             if self._observe(observer, index, batch):
                 self._extend(observer, index, batch, wanted)
             advance()
+        self.branches = len(observer.paths) > 1
         self.graph = replace(self.graph, unreached=self._unreached())
         ranges = CalibratedRanges(observer)
         ranges.warn_of_nonfinite()

@@ -37,20 +37,24 @@ class Observer:
 
     What is kept of an operand follows from its schemes: statistics of the whole where one is per
     tensor, of the slices where one has scales along an axis. A tensor that feeds several ops one
-    after the other (query, key, value) is summarized once. `watchers` see every operand of
-    every call.
+    after the other (query, key, value) is summarized once. `paths` tells which batches called the
+    same functions in the same order: one number for each way through the model. `watchers` see
+    every operand of every call.
     """
 
     def __init__(self, wanted: Operands, watchers: Iterable[Watcher] = ()) -> None:
         self.statistics: dict[tuple[str, int], TensorStatistics] = {}
         self.slices: Slices = {}
+        self.paths: set[int] = set()
         self._wanted = _methods_of(wanted)
         self._watchers = tuple(watchers)
+        self._path = 0
         self._recent: list[tuple[Tensor, int, TensorSummary]] = []
 
     def run(self, site: Site, call: Call) -> Any:
         """Compute the call and look at its operands and output."""
         site.calls += 1
+        self._path = hash((self._path, site.name))
         wanted = self._wanted.get(site.name, {})
 
         def look(index: int, x: Tensor) -> Tensor:
@@ -67,6 +71,7 @@ class Observer:
 
     def other(self, scope: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute any other call."""
+        self._path = hash((self._path, scope, getattr(fn, "__name__", "")))
         return fn(*args, **kwargs)
 
     def watch_only(self, wanted: Operands) -> None:
@@ -76,6 +81,8 @@ class Observer:
     def end_batch(self) -> None:
         """Forget the tensors of this batch."""
         self._recent.clear()
+        self.paths.add(self._path)
+        self._path = 0
 
     def _update(self, op: str, index: int, x: Tensor, wanted: _Methods) -> None:
         for granularity, methods in wanted.items():

@@ -121,7 +121,7 @@ class Rescaling:
 
     def _reached(self) -> list[Chain]:
         """Return the chains whose tensor calibration saw; none where batches took branches."""
-        if self._data.late and self._wanted:
+        if self._data.branches and self._wanted:
             _log.info("batches take different branches: no channels are rescaled")
             self._refuse_lost(self._wanted, (), "calibration batches take different branches")
             return []

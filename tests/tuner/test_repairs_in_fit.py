@@ -24,7 +24,7 @@ from tuner import (
     quantization,
 )
 from tuner.errors import SpaceError, TunerError, UnsupportedError
-from tuner.repairs import PROPOSED, Repair, name_of
+from tuner.repairs import PROPOSED, SCALINGS, Repair, name_of
 
 W4 = TensorScheme(format="int4", granularity=PerChannel(0))
 A8 = TensorScheme(format="uint8", symmetric=False)
@@ -351,3 +351,24 @@ def test_the_table_says_what_scaling_buys() -> None:
     gains = {s.chain.consumers[0]: s.gain for s in model._parts.scalings}
     found = {row.name: row.repair_gain for row in model.result.op_table if row.repairs}
     assert found == pytest.approx(gains)
+
+
+def _bent(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    y = y.relu() if float(x.sum()) < 0 else nn.functional.gelu(y)
+    return net.c(net.act(net.b(y)))  # type: ignore[no-any-return]
+
+
+def test_a_later_batch_on_another_way_leaves_the_channels_alone() -> None:
+    net = mlp()
+    net.run = _bent
+    data = [-X.abs(), X.abs()]
+    with torch.no_grad():
+        expected = [net(x) for x in data]
+    model = fit(net, data=data)
+    names = {name_of(repair) for config in model.plan.values() for repair in config.recovery}
+    assert not names & set(SCALINGS)
+    model._parts.model.apply({})
+    with torch.no_grad():
+        for x, y in zip(data, expected, strict=True):
+            assert torch.equal(model.model(x), y)
