@@ -111,6 +111,7 @@ def test_phases_are_events(day: Day) -> None:
         "recording",
         "evaluating FP32",
         "calibrating",
+        "rescaling channels",
         "predicting damage",
         "searching",
     ]
