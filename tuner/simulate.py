@@ -85,7 +85,7 @@ def simulate(
         output=as_scheme("outputs", outputs),
     )
     _check_reading(calib_dataloader, forward, calib_samples)
-    rules = _checked_rules(rules)
+    rules = checked_rules(rules)
     with isolated_random_state():
         instrumented = InstrumentedModel(copied(model))
         paths = tuple(path for path, _ in instrumented.model.named_modules())
@@ -206,7 +206,8 @@ class _NoRanges:
         )
 
 
-def _checked_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+def checked_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return rules of one option each; raises TunerError for anything else."""
     if isinstance(rules, Rule) or not isinstance(rules, Iterable):
         raise TunerError(f"rules is a {type(rules).__name__}: give a list, rules=[Rule(…)]")
     rules = tuple(rules)
@@ -215,8 +216,8 @@ def _checked_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
             raise TunerError(f"rules holds a {type(rule).__name__}: give Rule(…) objects")
         if len(rule.options) != 1:
             raise SpaceError(
-                f"a rule has {len(rule.options)} options: in a simulation nothing is chosen, so "
-                "give each rule exactly one, Rule(…, options=[OpConfig(…)])"
+                f"a rule has {len(rule.options)} options: nothing is chosen here, so give each "
+                "rule exactly one, Rule(…, options=[OpConfig(…)])"
             )
     return rules
 

@@ -32,7 +32,7 @@ from tuner.recovery.trainable_site import Switch
 from tuner.repairs import SCALINGS, name_of
 from tuner.results import TuningResult
 from tuner.schemes import OpConfig, TensorScheme
-from tuner.simulate import SchemeOrName, Wish, as_scheme, parameter_shapes
+from tuner.simulate import SchemeOrName, Wish, as_scheme, checked_rules, parameter_shapes
 from tuner.trainable_model import TrainableModel, TrainableParts
 
 
@@ -92,7 +92,7 @@ def prepare_qat(
         inputs=as_scheme("inputs", inputs),
         output=as_scheme("outputs", outputs),
     )
-    rules = _checked_rules(rules)
+    rules = checked_rules(rules)
     _check_reading(calib_dataloader, forward, calib_samples)
     _check(source, plan, not config.is_float or bool(rules))
     reading = _Reading(calib_dataloader, forward, calib_samples)
@@ -336,21 +336,6 @@ def _choices(
         raise TunerError(f"ema_decay is {ema_decay!r}: give a number from 0 to 1, such as 0.99")
     start = "calibrated" if isinstance(source, QuantizedModel) else "lsq"
     return Choices(cast(Method, method), cast(Start, init or start), float(ema_decay))
-
-
-def _checked_rules(rules: object) -> tuple[Rule, ...]:
-    if isinstance(rules, Rule) or not isinstance(rules, Iterable):
-        raise TunerError(f"rules is a {type(rules).__name__}: give a list, rules=[Rule(…)]")
-    found = tuple(rules)
-    for rule in found:
-        if not isinstance(rule, Rule):
-            raise TunerError(f"rules holds a {type(rule).__name__}: give Rule(…) objects")
-        if len(rule.options) != 1:
-            raise SpaceError(
-                f"a rule has {len(rule.options)} options: nothing is chosen here, so give each "
-                "rule exactly one, Rule(…, options=[OpConfig(…)])"
-            )
-    return found
 
 
 def _check_reading(loader: object, forward: object, samples: object) -> None:
