@@ -27,7 +27,17 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("errors", "version", "subclasses", "saved_files"),
     ("float_layout",),
-    ("formats", "granularity", "criteria", "tensors", "scores", "isolation", "repairs"),
+    (
+        "formats",
+        "granularity",
+        "criteria",
+        "tensors",
+        "scores",
+        "isolation",
+        "repairs",
+        "evenly",
+        "live",
+    ),
     ("schemes",),
     ("plan", "config", "saved_formats"),
     ("kernels", "packing", "ranges", "histogram", "records"),

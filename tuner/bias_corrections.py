@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tuner.biases import bias_name
 from tuner.errors import PlanError
 from tuner.ops import Op
-from tuner.schemes import OpConfig
+from tuner.schemes import OpConfig, TensorScheme
 
 Correction = Callable[[Op, OpConfig], Tensor]
 """Returns what is added to the bias of an op under a configuration, `[out]`."""
@@ -32,12 +32,17 @@ class BiasCorrections:
         self.correction: Correction | None = None
         self._model = model
         self._on: dict[str, _Corrected] = {}
+        self._own: dict[str, bool] = {}
+        self._shifts: dict[tuple[str, TensorScheme, str | None], Tensor] = {}
 
     def is_own(self, op: str) -> bool:
         """Return whether no other module has the bias of an op, which would be changed with it."""
-        bias = self._model.get_parameter(bias_name(op))
-        owners = (m for m in self._model.modules() if id(bias) in map(id, m._parameters.values()))
-        return sum(1 for _ in owners) == 1
+        if op not in self._own:
+            bias = self._model.get_parameter(bias_name(op))
+            modules = self._model.modules()
+            owners = (m for m in modules if id(bias) in map(id, m._parameters.values()))
+            self._own[op] = sum(1 for _ in owners) == 1
+        return self._own[op]
 
     def set(self, op: Op, config: OpConfig) -> None:
         """Correct the bias of an op as its configuration says, or give back its float values."""
@@ -52,7 +57,7 @@ class BiasCorrections:
             self._refuse_shared(op)
             parameter = self._model.get_parameter(bias_name(op.name))
             self._on[op.name] = _Corrected(config, parameter.data)
-            parameter.data = parameter.data + self._shift(op, config).to(parameter)
+            parameter.data = parameter.data + self.shift(op, config).to(parameter)
 
     def adopt(self, op: Op, config: OpConfig) -> None:
         """Take a bias as it is (a loaded plan): it was corrected before."""
@@ -66,10 +71,15 @@ class BiasCorrections:
                 "would change: leave bias_correction out for both"
             )
 
-    def _shift(self, op: Op, config: OpConfig) -> Tensor:
+    def shift(self, op: Op, config: OpConfig) -> Tensor:
+        """Return what is added to the bias of an op, `[out]`, computed once for each weight."""
+        assert config.weight is not None
         if self.correction is None:
             raise PlanError(
                 f"{op.name!r}: the plan corrects the bias, which takes calibration data: let fit() "
                 "find the plan, or leave the recovery out"
             )
-        return self.correction(op, config)
+        key = op.name, config.weight, config.rounding
+        if key not in self._shifts:
+            self._shifts[key] = self.correction(op, config)
+        return self._shifts[key]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tuner.batches import Feeder, batch_size
 from tuner.capture import Capture, CapturedCall, surrogate_loss
 from tuner.model import InstrumentedModel
-from tuner.tensors import head_of as head_of
 from tuner.tensors import map_tensors
 
 _log = logging.getLogger(__name__)

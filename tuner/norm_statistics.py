@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_NAMES = ("running_mean", "running_var", "num_batches_tracked")
-
 
 class NormStatistics:
     """The running statistics of a model's batch norms.
@@ -32,6 +30,5 @@ class NormStatistics:
             self.reestimate()
 
     def _buffers(self) -> list[Tensor]:
-        norms = [m for m in self._model.modules() if isinstance(m, _BatchNorm)]
-        found = (norm._buffers.get(name) for norm in norms for name in _NAMES)
-        return [buffer for buffer in found if buffer is not None]
+        norms = (module for module in self._model.modules() if isinstance(module, _BatchNorm))
+        return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]

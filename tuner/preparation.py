@@ -226,12 +226,10 @@ class Preparation:
     def _predict(
         self, progress: Progress, rounder: Rounder, scalings: Iterable[Scaling]
     ) -> Predictions:
-        ops = self._data.graph.ops
-
-        shapes = self._shapes()
+        ops, shapes, corrections = self._data.graph.ops, self._shapes(), self.model.corrections
 
         def treatments(op: str, scheme: TensorScheme) -> list[Treatment]:
-            has_bias = can_correct(ops[op], shapes) and self.model.corrections.is_own(op)
+            has_bias = can_correct(ops[op], shapes) and corrections.is_own(op)
             return self._treatments(scheme, has_bias) if rounder.can_round(op) else []
 
         components = components_wanted(ops, self._candidates, treatments)

@@ -175,10 +175,11 @@ class SensitivityAnalysis:
         index, scheme = component
         rounding, corrected = _TREATMENT.get(index, (None, False))
         plain = known.get((WEIGHT_TREATED[rounding, False], scheme))
-        module, correction = captured.call.module, self._model.corrections.correction
-        if not corrected or plain is None or module is None or correction is None:
+        module = captured.call.module
+        if not corrected or plain is None or module is None:
             return None
-        shift = correction(op, config_of(scheme, rounding, corrected)).to(plain)
+        config = config_of(scheme, rounding, corrected)
+        shift = self._model.corrections.shift(op, config).to(plain)
         return plain + shift.view(-1, *[1] * (-1 - channel_axis(module)))
 
     def _perturbed(self, op: Op, captured: CapturedCall, component: Component) -> Any:

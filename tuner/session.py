@@ -18,6 +18,7 @@ from tuner.costs import named_storage
 from tuner.criteria import AccuracyGoal
 from tuner.errors import EvaluationError, PlanError, TuningCancelled
 from tuner.evaluation import Evaluator
+from tuner.evenly import evenly
 from tuner.plan import Plan
 from tuner.plan_training import PlanTrainer, method_of, to_train
 from tuner.preparation import Prepared
@@ -59,13 +60,6 @@ def _violation(record: TrialRecord, goal: AccuracyGoal, baseline: TrialRecord) -
     if record.state != "complete":
         return float("inf")
     return goal.violation(_accuracy(record, goal), _accuracy(baseline, goal))
-
-
-def _spread(plans: Sequence[Plan], count: int) -> list[Plan]:
-    """Return so many plans at even distances, the first and the last among them."""
-    count = min(count, len(plans))
-    last = len(plans) - 1
-    return [plans[round(i * last / max(count - 1, 1))] for i in range(count)]
 
 
 class Session:
@@ -126,7 +120,7 @@ class Session:
         """
         if self._trainer is None:
             return
-        for plan in _spread(self._misses(), self._trainer.training.attempts):
+        for plan in evenly(self._misses(), self._trainer.training.attempts):
             if self._is_over(deadline_s):
                 return
             before = self.best.number

@@ -12,13 +12,15 @@ activation (Lin et al., MLSys 2024, section 3.2): where only weights are quantiz
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from tuner.calibrators import calibrated_range
 from tuner.capture import CapturedCall
-from tuner.gradients import Calls, head_of, output_errors
+from tuner.evenly import evenly
+from tuner.gradients import Calls, output_errors
 from tuner.model import InstrumentedModel
 from tuner.ops import WeightRef
 from tuner.qparams import fake_quantize
@@ -36,12 +38,17 @@ from tuner.recovery.scales import equalize_scales, smooth_scales
 from tuner.recovery.scaling import Scaling
 from tuner.repairs import AWQ, EQUALIZATION, SCALINGS, SMOOTHQUANT, Repair
 from tuner.schemes import OpConfig, TensorScheme
+from tuner.statistics import TensorStatistics
+from tuner.tensors import head_of
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 _ENOUGH = 1.05  # how many times less damage makes a repair worth its entry in the plan
 _REFERENCES = 3  # options of an op that are looked at
 _TINY = 1e-30
 _HALF = (torch.float16, torch.bfloat16)
+
+_Outputs = Mapping[str, Sequence[tuple[CapturedCall, Tensor]]]
+"""Op → its captured calls, each with its float output."""
 
 Configs = Mapping[str, Sequence[OpConfig]]
 """Op → the options that quantize it."""
@@ -66,13 +73,16 @@ class ScaleSearch:
         `wanted` is what the user asks for: then it is done, with the alpha given or the best one.
         """
         found = list(self._candidates(chain, wanted))
-        configs = {name: _spread(self.configs.get(name, ())) for name in chain.consumers}
+        configs = {
+            name: evenly(self.configs.get(name, ()), _REFERENCES) for name in chain.consumers
+        }
         if not found or not any(configs.values()):
             return None
-        harms = [self._harm(scaling, configs) for scaling in found]
+        calls = {name: self._with_outputs(name) for name in configs}
+        harms = [self._harm(scaling, configs, calls) for scaling in found]
         best = min(range(len(found)), key=harms.__getitem__)
         plain = Scaling(chain, EQUALIZATION, torch.ones(chain.channels, dtype=torch.float64))
-        gain = self._harm(plain, configs) / harms[best]
+        gain = self._harm(plain, configs, calls) / harms[best]
         is_enough = wanted is not None or gain > _ENOUGH
         return replace(found[best], gain=gain) if is_enough else None
 
@@ -125,7 +135,13 @@ class ScaleSearch:
         return factors.log2().round().exp2() if is_half else factors
 
     @torch.no_grad()
-    def _harm(self, scaling: Scaling, configs: Configs) -> float:
+    def _with_outputs(self, name: str) -> list[tuple[CapturedCall, Tensor]]:
+        """Return the captured calls of an op with what they give in float."""
+        calls = self.calls.get(name, ())
+        return [(call, head_of(call.replay(lambda i, x: x)).float()) for call in calls]
+
+    @torch.no_grad()
+    def _harm(self, scaling: Scaling, configs: Configs, calls: _Outputs) -> float:
         """Return the geometric mean of the damage of the options, on the captured calls."""
         logs = []
         statistics = self.channels[scaling.chain.producer]
@@ -133,7 +149,7 @@ class ScaleSearch:
             module = self.model.model.get_submodule(name)
             scaled = _ScaledOp(module, self._ref(name), scaling.input_factors(module), statistics)
             for config in options:
-                damage = sum(scaled.damage(call, config) for call in self.calls.get(name, ()))
+                damage = sum(scaled.damage(*call, config) for call in calls[name])
                 logs.append(math.log(damage + _TINY))
         return math.exp(sum(logs) / len(logs))
 
@@ -150,13 +166,17 @@ class _ScaledOp:
         self._module = module
         self._parameter = module.get_parameter(ref.path.rpartition(".")[2])
         self._factors = factors.to(self._parameter.device)
-        self._statistics = channels.scaled(factors.float())
+        self._channels = channels
         axis = channel_axis(module)
         self._shape = (-1, *[1] * (-1 - axis))
 
-    def damage(self, captured: CapturedCall, config: OpConfig) -> float:
-        """Return Σ (g·Δ)² of a configuration on one call."""
-        reference = head_of(captured.replay(lambda i, x: x)).float()
+    @cached_property
+    def _statistics(self) -> TensorStatistics:
+        """The statistics of the scaled input, which weights alone do not need."""
+        return self._channels.scaled(self._factors.float().cpu())
+
+    def damage(self, captured: CapturedCall, reference: Tensor, config: OpConfig) -> float:
+        """Return Σ (g·Δ)² of a configuration on one call, of which `reference` is the output."""
         inputs = config.input_scheme(0)
         quantizer = None if inputs is None else self._quantizer(inputs)
         whole = self._parameter.data
@@ -185,10 +205,3 @@ class _ScaledOp:
         scaled = on_input_channels(self._module, weight, self._factors.to(weight.dtype))
         rounded = fake_quantize(scaled, scheme)
         return on_input_channels(self._module, rounded, (1 / self._factors).to(weight.dtype))
-
-
-def _spread(configs: Sequence[OpConfig]) -> list[OpConfig]:
-    """Return a few of the configurations, the first and the last among them."""
-    count = min(len(configs), _REFERENCES)
-    last = len(configs) - 1
-    return [configs[round(i * last / max(count - 1, 1))] for i in range(count)]
