@@ -12,7 +12,7 @@ from tuner.repairs import LSQ, QAT, SCALINGS, TRAININGS, name_of
 from tuner.saving import Parts
 from tuner.schemes import OpConfig
 from tuner.trainable_preparation import prepare_qat
-from tuner.training import Loss, TrainFunc, fit_qat
+from tuner.training import Loss, TrainFunc, can_train, fit_qat
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Training:
         """Return what `fit(train_func=…)` stands for; raises TunerError for anything else."""
         if isinstance(given, Training):
             return given
-        pair = isinstance(given, tuple | list) and len(given) == 2 and callable(given[1])
-        if callable(given) or pair:
+        if can_train(given):
             return cls(tuple(given) if isinstance(given, list) else given)  # type: ignore[arg-type]
         raise TunerError(
             f"train_func is a {type(given).__name__}: give a function that trains the model for "

@@ -315,6 +315,13 @@ def _described(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+def can_train(train: object) -> bool:
+    """Return whether this is a function, or a loader and a loss."""
+    if isinstance(train, tuple | list) and len(train) == 2:
+        return isinstance(train[0], Iterable) and callable(train[1])
+    return callable(train)
+
+
 def _check(
     model: object,
     train: object,
@@ -328,8 +335,7 @@ def _check(
         raise TunerError(
             f"model is a {type(model).__name__}: give what prepare_qat() returned, a TrainableModel"
         )
-    pair = isinstance(train, tuple | list) and len(train) == 2 and callable(train[1])
-    if not callable(train) and not (pair and isinstance(train[0], Iterable)):  # type: ignore[index]
+    if not can_train(train):
         raise TunerError(
             f"train is a {type(train).__name__}: give (train_dataloader, loss), or a function that "
             "trains the model for one epoch"
