@@ -13,6 +13,7 @@ from tuner.biases import bias_name, can_correct
 from tuner.config import TuningConfig
 from tuner.costs import CostModel, Costs
 from tuner.data_pass import DataPass
+from tuner.example import Example
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges, Watcher
@@ -56,6 +57,7 @@ class Prepared:
     payload: Payload
     rescaling: Rescaling
     scalings: tuple[Scaling, ...]
+    example: Example | None
 
 
 class Preparation:
@@ -136,6 +138,7 @@ class Preparation:
             payload=payload,
             rescaling=rescaling,
             scalings=scalings,
+            example=self._data.example,
         )
 
     def signature(self) -> str:
@@ -221,7 +224,8 @@ class Preparation:
         for scaling in scalings:
             for name in scaling.chain.consumers:
                 module = self.model.model.get_submodule(name)
-                rounder.rescale(name, scaling.input_factors(module))
+                factors, shifts = scaling.input_factors(module), scaling.input_shifts(module)
+                rounder.rescale(name, factors, shifts)
 
     def _predict(
         self, progress: Progress, rounder: Rounder, scalings: Iterable[Scaling]

@@ -7,13 +7,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 from tuner.errors import UnknownNameError
 
 EQUALIZATION, SMOOTHQUANT, AWQ = "equalization", "smoothquant", "awq"
+BIAS_ABSORPTION = "bias_absorption"
 GPTQ, QUANTEASE, ADAROUND = "gptq", "quantease", "adaround"
 BIAS_CORRECTION = "bias_correction"
 BN_REESTIMATION = "bn_reestimation"
 QAT, LSQ = "qat", "lsq"
 
-SCALINGS = (EQUALIZATION, SMOOTHQUANT, AWQ)
+FACTORS = (EQUALIZATION, SMOOTHQUANT, AWQ)
 """Move magnitude between a layer and the one before it; the float function stays as it is."""
+
+SCALINGS = (*FACTORS, BIAS_ABSORPTION)
+"""What is done to the channels between two layers, for all their options: factors, and offsets."""
 
 ROUNDINGS = (GPTQ, QUANTEASE, ADAROUND)
 """Choose for each weight of an op whether it is rounded up or down."""
@@ -23,7 +27,7 @@ TRAININGS = (QAT, LSQ)
 SUPPORTED = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, BN_REESTIMATION)
 """What needs no training."""
 
-PROPOSED = (*SCALINGS, GPTQ, BIAS_CORRECTION)
+PROPOSED = (*FACTORS, GPTQ, BIAS_CORRECTION)
 """What a preset's options get by themselves where it is predicted to help; see SearchSpace."""
 
 REPAIRS = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, BN_REESTIMATION, *TRAININGS)
@@ -79,7 +83,7 @@ def in_order(repairs: tuple[str | Repair, ...]) -> tuple[str | Repair, ...]:
     names = [name_of(repair) for repair in plain]
     for name in names:
         check_name(name)
-    for kind in (SCALINGS, ROUNDINGS, (BIAS_CORRECTION,), (BN_REESTIMATION,), TRAININGS):
+    for kind in (FACTORS, ROUNDINGS, (BIAS_CORRECTION,), (BN_REESTIMATION,), TRAININGS):
         chosen = [name for name in names if name in kind]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one of them")

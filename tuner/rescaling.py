@@ -20,15 +20,20 @@ from tuner.recovery.channels import ChannelStatistics
 from tuner.recovery.float_values import FloatValues
 from tuner.recovery.folding import FoldedPair
 from tuner.recovery.layers import channel_axis
-from tuner.recovery.scale_search import ScaleSearch
+from tuner.recovery.scale_search import ScaleSearch, Wanted
 from tuner.recovery.scaling import FunctionCheck, Scaling, scale
-from tuner.repairs import SCALINGS, Repair, in_order, name_of
+from tuner.repairs import BIAS_ABSORPTION, SCALINGS, Repair, in_order, name_of
 from tuner.sites import Call
 
 _log = logging.getLogger(__name__)
 
 _SAMPLES = 32
-_NONE = "none"
+
+_NO_ROWS = "after a norm there are only smoothquant and awq"
+_NO_CONSTANTS = (
+    "that takes biases in fp32 on both sides, no zero padding, nothing but ReLU, max pooling or "
+    "reshaping between them, and channels that stay above 0 after a ReLU"
+)
 
 Candidates = dict[str, list[Candidate]]
 """Op → its options, FP32 among them."""
@@ -46,7 +51,7 @@ class Rescaling:
         self._data = data
         self._allowed = tuple(n for n in config.search_space.repairs if n in SCALINGS)
         self._seed = config.seed
-        self._wanted: dict[Chain, str | Repair | None] = {}
+        self._wanted: dict[Chain, Wanted | None] = {}
         self._floats = FloatValues(model)
 
     def find(self, folded: Iterable[FoldedPair], candidates: Candidates, ranged: Operands) -> None:
@@ -59,7 +64,7 @@ class Rescaling:
         chains = find_chains(model, graph, norms, _fixed(ranged))
         for chain in chains:
             asked = _asked(chain, candidates)
-            if asked != _NONE and (asked is not None or self._allowed):
+            if asked or (asked is None and self._allowed):
                 self._wanted[chain] = asked
                 consumer = chain.consumers[0]
                 axis = channel_axis(model.get_submodule(consumer))
@@ -94,7 +99,7 @@ class Rescaling:
             if best is not None:
                 self._scale(best)
                 found.append(best)
-        self._refuse_lost(chains, found, "after a norm there are only smoothquant and awq")
+        self._refuse_lost(chains, found, None)
         kept = check.kept(found, self._floats)
         if len(kept) < len(found):
             _log.info("%d chains change the model's outputs: left as is", len(found) - len(kept))
@@ -130,15 +135,20 @@ class Rescaling:
         self._refuse_lost(lost, (), "calibration saw no finite value of it")
         return reached
 
-    def _refuse_lost(self, chains: Iterable[Chain], done: Iterable[Scaling], why: str) -> None:
-        """Raise SpaceError where what a rule asks for was not done."""
+    def _refuse_lost(
+        self, chains: Iterable[Chain], done: Iterable[Scaling], why: str | None
+    ) -> None:
+        """Raise SpaceError where what a rule asks for was not done; None for what it cannot do."""
         scaled = {scaling.chain for scaling in done}
         for chain in chains:
             asked = self._wanted[chain]
             if asked is not None and chain not in scaled:
+                names = tuple(map(name_of, asked))
+                limits = _NO_CONSTANTS if BIAS_ABSORPTION in names else _NO_ROWS
                 raise SpaceError(
-                    f"{', '.join(chain.consumers)}: {name_of(asked)} cannot scale the channels of "
-                    f"this input, which {chain.producer!r} makes: {why}. Leave the recovery out"
+                    f"{', '.join(chain.consumers)}: {' with '.join(names)} cannot scale the "
+                    f"channels of this input, which {chain.producer!r} makes: {why or limits}. "
+                    "Leave the recovery out"
                 )
 
     def _calls(self, names: Sequence[str]) -> Calls:
@@ -150,24 +160,26 @@ class Rescaling:
     def _replace_ranges(self, scaling: Scaling, ranges: CalibratedRanges) -> None:
         statistics = self._channels[scaling.chain.consumers[0]]
         for name in scaling.chain.consumers:
-            factors = scaling.input_factors(self._model.model.get_submodule(name)).float()
-            ranges.replace(name, 0, statistics.scaled(factors))
+            module = self._model.model.get_submodule(name)
+            shifts = scaling.input_shifts(module)
+            moved = statistics if shifts is None else statistics.shifted(shifts.float())
+            ranges.replace(name, 0, moved.scaled(scaling.input_factors(module).float()))
 
 
 def with_scalings(candidates: Candidates, scalings: Iterable[Scaling]) -> Candidates:
     """Return the candidates with the scaling of its input in the recovery of each."""
-    repairs = {name: s.repair for s in scalings for name in s.chain.consumers}
+    repairs = {name: s.repairs for s in scalings for name in s.chain.consumers}
     return {
-        name: [_repaired(option, repairs.get(name)) for option in options]
+        name: [_repaired(option, repairs.get(name, ())) for option in options]
         for name, options in candidates.items()
     }
 
 
-def _repaired(option: Candidate, repair: str | Repair | None) -> Candidate:
+def _repaired(option: Candidate, repairs: Wanted) -> Candidate:
     others = tuple(r for r in option.config.recovery if name_of(r) not in SCALINGS)
     if option.config.is_float:
         return option
-    recovery = in_order((*others, *(() if repair is None else (repair,))))
+    recovery = in_order((*others, *repairs))
     config = option.config.model_copy(update={"recovery": recovery})
     return Candidate(option.label, config, option.given)
 
@@ -182,22 +194,25 @@ def _fixed(ranged: Operands) -> set[str]:
     }
 
 
-def _asked(chain: Chain, candidates: Candidates) -> str | Repair | None:
-    """Return the scaling that rules ask for, "none" where they want none, None without rules."""
-    asked: set[str | Repair] = set()
+def _asked(chain: Chain, candidates: Candidates) -> Wanted | None:
+    """Return the scalings that rules ask for, () where they want none, None without rules."""
+    asked: set[tuple[str | Repair, ...]] = set()
     for name in chain.consumers:
         for option in candidates.get(name, ()):
             if option.given and not option.config.is_float:
-                scalings = [r for r in option.config.recovery if name_of(r) in SCALINGS]
-                asked.add(scalings[0] if scalings else _NONE)
+                asked.add(tuple(r for r in option.config.recovery if name_of(r) in SCALINGS))
     if len(asked) > 1:
         raise SpaceError(
             f"{', '.join(chain.consumers)}: the channels of their input are scaled for all options "
             "or for none, but rules ask for "
-            f"{' and '.join(sorted(map(str, asked)))}: give every option "
+            f"{' and '.join(sorted(map(_spelled, asked)))}: give every option "
             "the same recovery"
         )
     return next(iter(asked), None)
+
+
+def _spelled(repairs: Wanted) -> str:
+    return " with ".join(map(str, repairs)) or "none"
 
 
 def _refuse_vain(candidates: Candidates, chains: Iterable[Chain]) -> None:

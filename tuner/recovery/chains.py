@@ -7,7 +7,7 @@ W₂ f(W₁ x + b₁) = (W₂ S) f(S⁻¹ W₁ x + S⁻¹ b₁) with S = diag(s)
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tuner.graph import Node, OpGraph
 from tuner.ops import Op
+from tuner.recovery.absorption import Offset, offset_between
 from tuner.recovery.layers import input_channels, output_axis, output_channels
 
 _HOMOGENEOUS = frozenset(
@@ -48,13 +49,15 @@ class Chain:
     """A producer, the ops that alone consume its output, and what lies between them.
 
     All are module paths; `channels` is the number of factors. `caps` are the ReLU6 modules between:
-    their upper end is divided as the producer's output is.
+    their upper end is divided as the producer's output is. `offset` says which constants the biases
+    of the consumers can take over from the channels.
     """
 
     producer: str
     consumers: tuple[str, ...]
     channels: int
     caps: tuple[str, ...] = ()
+    offset: Offset = field(default="none", compare=False)
 
 
 def find_chains(
@@ -115,6 +118,7 @@ class _Finder:
         reshaped: set[int] = set()
         consumers: dict[str, None] = {}
         caps: dict[str, None] = {}
+        functions: set[str] = set()
         waiting = [node.index for node in nodes]
         while waiting:
             index = waiting.pop()
@@ -127,6 +131,7 @@ class _Finder:
                     consumers[node.op or ""] = None
                 elif self._passes(node) and not (_is_cap(node) and index in reshaped):
                     waiting.append(node.index)
+                    functions.add(node.function)
                     caps.update({node.scope: None} if _is_cap(node) else {})
                     if index in reshaped or node.function in _RESHAPES:
                         reshaped.add(node.index)
@@ -141,7 +146,16 @@ class _Finder:
             return None
         if caps and output_axis(self._modules[path]) is None:
             return None
-        return Chain(path, names, channels, tuple(caps))
+        offset = self._offset(path, names, functions)
+        return Chain(path, names, channels, tuple(caps), offset)
+
+    def _offset(self, path: str, names: tuple[str, ...], functions: set[str]) -> Offset:
+        """Return what may be taken from the channels: nothing where consumers see other tensors."""
+        taken = {name: {n.inputs for n in self._graph.nodes if n.op == name} for name in names}
+        if any(inputs != taken[names[0]] for inputs in taken.values()):
+            return "none"
+        consumers = [self._modules[name] for name in names]
+        return offset_between(self._modules[path], consumers, functions)
 
     def _consumes(self, node: Node, index: int) -> bool:
         """Return whether a node is an op of its own module that takes the tensor as its input."""

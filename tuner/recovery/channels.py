@@ -32,9 +32,14 @@ class ChannelStatistics:
         return len(self._lows)
 
     @property
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The smallest and largest value of each channel, both `[channels]`."""
+        return torch.stack(self._lows).amin(0), torch.stack(self._highs).amax(0)
+
+    @property
     def magnitudes(self) -> Tensor:
         """The largest magnitude of each channel, `[channels]`."""
-        low, high = torch.stack(self._lows).amin(0), torch.stack(self._highs).amax(0)
+        low, high = self.extremes
         return torch.maximum(-low, high).clamp_min(0)
 
     @property
@@ -59,6 +64,14 @@ class ChannelStatistics:
         self._lows.append(low.float().cpu())
         self._highs.append(high.float().cpu())
         self._keep(x.movedim(self._axis, -1))
+
+    def shifted(self, shifts: Tensor) -> "ChannelStatistics":
+        """Return the statistics of x − shifts `[channels]`, which are not to be updated."""
+        found = ChannelStatistics(self._axis, self._most)
+        found._rows = [torch.cat(self._rows) - shifts]
+        found._lows = [low - shifts for low in self._lows]
+        found._highs = [high - shifts for high in self._highs]
+        return found
 
     def scaled(self, factors: Tensor) -> TensorStatistics:
         """Return the statistics of x / factors."""

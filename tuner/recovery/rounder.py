@@ -42,6 +42,7 @@ class Rounder:
         self._refs = {op.name: op.weights[0] for op in own if op.name in names}
         self._moments: dict[str, InputMoments | None] = {}
         self._factors: dict[str, Tensor] = {}
+        self._shifts: dict[str, Tensor] = {}
 
     def watch(self, op: str, call: Call, index: int, x: Tensor) -> None:
         """Add the operand of a call, where the op is wanted and this operand meets its weight."""
@@ -53,9 +54,11 @@ class Rounder:
         if (moments := self._moments[op]) is not None:
             moments.update(call, x)
 
-    def rescale(self, op: str, factors: Tensor) -> None:
-        """Tell that the input channels of an op are divided by factors `[in]` from now on."""
+    def rescale(self, op: str, factors: Tensor, shifts: Tensor | None = None) -> None:
+        """Tell that the input x of an op is (x − shifts) / factors from now on, both `[in]`."""
         self._factors[op] = factors
+        if shifts is not None:
+            self._shifts[op] = shifts
 
     def can_round(self, op: str) -> bool:
         """Return whether there is enough to go by."""
@@ -85,25 +88,40 @@ class Rounder:
         assert moments is not None
         mean = moments.mean
         assert mean is not None
-        mean = mean * self._inverse(op.name, mean)
+        mean = (mean - self._shift(op.name, mean)) * self._inverse(op.name, mean)
         return bias_correction(weight, rounded, mean.to(weight.device), op.weights[0].axis)
 
     def _second(self, op: str) -> Tensor:
+        """Return E[(x − c)(x − c)ᵀ] = E[x xᵀ] − c E[x]ᵀ − (E[x] − c) cᵀ of the scaled x − c."""
         moments = self._moments[op]
         assert moments is not None
-        second = moments.second
+        second, mean = moments.second, moments.mean
         assert second is not None
+        assert mean is not None
+        if op in self._shifts:
+            mean = mean.to(second)
+            shift = self._shift(op, mean)
+            second = second - shift[:, :, None] * mean[:, None, :]
+            second -= (mean - shift)[:, :, None] * shift[:, None, :]
         inverse = self._inverse(op, second[:, 0])
         return second * inverse[:, :, None] * inverse[:, None, :]
 
     def _inverse(self, op: str, like: Tensor) -> Tensor:
         """Return by what the columns `[groups, in·k]` are multiplied: they were divided by it."""
         factors = self._factors.get(op)
-        if factors is None:
-            return torch.ones_like(like)
-        groups, width = like.shape
-        inverse = (1 / factors).view(groups, -1)
-        return inverse.repeat_interleave(width // inverse.shape[1], 1).to(like)
+        return torch.ones_like(like) if factors is None else _in_columns(1 / factors, like)
+
+    def _shift(self, op: str, like: Tensor) -> Tensor:
+        """Return what was taken from the columns `[groups, in·k]`."""
+        shifts = self._shifts.get(op)
+        return torch.zeros_like(like) if shifts is None else _in_columns(shifts, like)
+
+
+def _in_columns(values: Tensor, like: Tensor) -> Tensor:
+    """Return values `[in]` for the columns `[groups, in·k]`."""
+    groups, width = like.shape
+    grouped = values.view(groups, -1)
+    return grouped.repeat_interleave(width // grouped.shape[1], 1).to(like)
 
 
 def can_have(scheme: TensorScheme) -> bool:

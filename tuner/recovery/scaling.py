@@ -11,6 +11,7 @@ from tuner.batches import Feeder
 from tuner.errors import PlanError
 from tuner.isolation import RandomState, isolated_random_state
 from tuner.model import InstrumentedModel
+from tuner.recovery.absorption import absorbed
 from tuner.recovery.caps import cap
 from tuner.recovery.chains import Chain
 from tuner.recovery.float_values import FloatValues
@@ -20,7 +21,7 @@ from tuner.recovery.layers import (
     on_output_channels,
     output_axis,
 )
-from tuner.repairs import Repair
+from tuner.repairs import BIAS_ABSORPTION, Repair
 from tuner.tensors import tensors_in
 
 _TOLERANCE = 1e-4  # of the largest output: more than rounding does, less than a wrong factor
@@ -28,20 +29,33 @@ _TOLERANCE = 1e-4  # of the largest output: more than rounding does, less than a
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """The output of a chain's producer is divided by `factors` `[channels]`, on every channel.
+    """The output x of a chain's producer becomes (x − shifts) / factors, on every channel.
 
-    `repair` is where the factors come from; `gain` how many times less damage they leave in the
-    options of the consumers, as predicted.
+    `repair` is where the factors `[channels]` come from, bias_absorption where all are 1; `shifts`
+    `[channels]` are what the biases of the consumers take over, None for nothing. `gain` is how
+    many times less damage that leaves in the options of the consumers, as predicted.
     """
 
     chain: Chain
     repair: str | Repair
     factors: Tensor
     gain: float = 1.0
+    shifts: Tensor | None = None
+
+    @property
+    def repairs(self) -> tuple[str | Repair, ...]:
+        """The repairs that this is, as plans have them."""
+        both = self.shifts is not None and self.repair != BIAS_ABSORPTION
+        return (self.repair, BIAS_ABSORPTION) if both else (self.repair,)
 
     def input_factors(self, module: nn.Module) -> Tensor:
         """Return the factors of a consumer's input channels: flattened ones repeat."""
         return self.factors.repeat_interleave(input_channels(module) // self.chain.channels)
+
+    def input_shifts(self, module: nn.Module) -> Tensor | None:
+        """Return the shifts of a consumer's input channels: flattened ones repeat."""
+        repeats = input_channels(module) // self.chain.channels
+        return None if self.shifts is None else self.shifts.repeat_interleave(repeats)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping of JSON."""
@@ -52,12 +66,17 @@ class Scaling:
             "channels": self.chain.channels,
             "caps": list(self.chain.caps),
         }
-        factors = self.factors.tolist()
-        return {**chain, "repair": repair, "factors": factors, "gain": self.gain}
+        return {
+            **chain,
+            "repair": repair,
+            "factors": self.factors.tolist(),
+            "gain": self.gain,
+            "shifts": None if self.shifts is None else self.shifts.tolist(),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Scaling":
-        """Read what `to_dict` wrote."""
+        """Read what `to_dict` wrote, in this version or before there were shifts."""
         chain = Chain(
             str(data["producer"]),
             tuple(data["consumers"]),
@@ -67,20 +86,19 @@ class Scaling:
         given = data["repair"]
         repair = given if isinstance(given, str) else Repair.model_validate(given)
         factors = torch.tensor(data["factors"], dtype=torch.float64)
-        return cls(chain, repair, factors, float(data["gain"]))
+        taken = data.get("shifts")
+        shifts = None if taken is None else torch.tensor(taken, dtype=torch.float64)
+        return cls(chain, repair, factors, float(data["gain"]), shifts)
 
 
 @torch.no_grad()
 def scale(model: InstrumentedModel, scaling: Scaling) -> None:
-    """Scale the channels of a chain, in place; no plan may be on."""
+    """Scale and shift the channels of a chain, in place; no plan may be on."""
     root, chain = model.model, scaling.chain
     producer = root.get_submodule(chain.producer)
-    changed = _divided(producer, chain.producer, scaling.factors)
+    changed = _divided(producer, scaling)
     for path in chain.consumers:
-        module = root.get_submodule(path)
-        weight = module.get_parameter("weight").double()
-        value = on_input_channels(module, weight, scaling.input_factors(module).to(weight.device))
-        changed[_joined(path, "weight")] = value
+        changed |= _multiplied(root.get_submodule(path), path, scaling)
     for name, value in changed.items():
         parameter = root.get_parameter(name)
         parameter.data = value.to(parameter.dtype)
@@ -90,15 +108,28 @@ def scale(model: InstrumentedModel, scaling: Scaling) -> None:
         caps.copy_(caps.double() / scaling.factors.to(caps.device).view(caps.shape))
 
 
-def _divided(module: nn.Module, path: str, factors: Tensor) -> dict[str, Tensor]:
-    """Return the parameters of a producer whose output channels are divided, by name."""
+def _divided(module: nn.Module, scaling: Scaling) -> dict[str, Tensor]:
+    """Return the parameters of a producer whose channels are shifted and divided, by name."""
     changed = {}
     for name, parameter in module.named_parameters(recurse=False):
         whole = parameter.double()
-        inverse = 1 / factors.to(whole.device)
+        inverse = 1 / scaling.factors.to(whole.device)
+        if name == "bias" and scaling.shifts is not None:
+            whole = whole - scaling.shifts.to(whole.device)
         is_matrix = whole.dim() > 1
         scaled = on_output_channels(module, whole, inverse) if is_matrix else whole * inverse
-        changed[_joined(path, name)] = scaled
+        changed[_joined(scaling.chain.producer, name)] = scaled
+    return changed
+
+
+def _multiplied(module: nn.Module, path: str, scaling: Scaling) -> dict[str, Tensor]:
+    """Return the parameters of a consumer that takes back what its input lost, by name."""
+    weight = module.get_parameter("weight").double()
+    factors, shifts = scaling.input_factors(module), scaling.input_shifts(module)
+    changed = {_joined(path, "weight"): on_input_channels(module, weight, factors.to(weight))}
+    if shifts is not None:
+        bias = module.get_parameter("bias").double()
+        changed[_joined(path, "bias")] = bias + absorbed(module, weight, shifts.to(weight))
     return changed
 
 

@@ -53,6 +53,25 @@ def test_extremes_are_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_shifted_statistics_are_those_of_shifted_values(name: str) -> None:
+    shape, axis = SHAPES[name]
+    data = batches(shape, axis)
+    shifts, factors = torch.tensor([3.0, -20.0, 0.0, 7.0, 0.5]), SIZES
+    statistics = seen(data, axis)
+    found, expected = (
+        statistics.shifted(shifts),
+        seen([x - along(shifts, shape, axis) for x in data], axis),
+    )
+    assert torch.equal(found.magnitudes, expected.magnitudes)
+    assert torch.equal(found.means, expected.means)
+    assert all(map(torch.equal, found.extremes, expected.extremes))
+    ours, others = found.scaled(factors), expected.scaled(factors)
+    assert ours.batch_ranges == others.batch_ranges
+    assert ours.overall.total == others.overall.total
+    assert torch.equal(statistics.magnitudes, seen(data, axis).magnitudes)
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_means_are_exact_where_all_positions_are_kept(name: str) -> None:
     shape, axis = SHAPES[name]
     data = batches(shape, axis)

@@ -28,8 +28,14 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d": (lambda: nn.Conv2d(4, 6, 3), (16, 4, 6, 6)),
     "conv2d of groups": (lambda: nn.Conv2d(8, 6, 3, groups=2), (16, 8, 6, 6)),
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (16, 4, 6, 6)),
+    "padded by reflection": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        (16, 4, 6, 6),
+    ),
     "transposed": (lambda: nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2), (16, 8, 4, 4)),
 }
+ZEROS = ("transposed",)
+"""What meets zeros between its inputs, which a shift would have to change."""
 
 
 def data_for(name: str) -> Tensor:
@@ -97,13 +103,17 @@ def test_rounding_lessens_the_error_of_the_layers_output(name: str, method: str)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", LAYERS)
-def test_moments_follow_when_channels_are_scaled_later(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "shifts"),
+    [*((name, False) for name in LAYERS), *((name, True) for name in LAYERS if name not in ZEROS)],
+)
+def test_moments_follow_when_channels_are_scaled_later(name: str, shifts: bool) -> None:
     net, x = single(name), data_for(name)
     factors = torch.logspace(-1, 1, input_channels(net.a))
+    taken = torch.linspace(-2, 3, input_channels(net.a)) * shifts
     model, later = seen(net, x)
-    later.rescale("a", factors.double())
-    _, sooner = seen(net, x / along(factors, net.a))
+    later.rescale("a", factors.double(), taken.double() if shifts else None)
+    _, sooner = seen(net, (x - along(taken, net.a)) / along(factors, net.a))
     assert float((later._second("a") - sooner._second("a")).abs().max()) < _FP32 * float(
         sooner._second("a").abs().max()
     )

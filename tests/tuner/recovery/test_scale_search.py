@@ -16,7 +16,16 @@ from tuner.recovery.chains import Chain
 from tuner.recovery.channels import ChannelStatistics
 from tuner.recovery.layers import channel_axis
 from tuner.recovery.scale_search import ALPHAS, ScaleSearch
-from tuner.repairs import AWQ, EQUALIZATION, SCALINGS, SMOOTHQUANT, Repair, name_of
+from tuner.repairs import (
+    AWQ,
+    BIAS_ABSORPTION,
+    EQUALIZATION,
+    FACTORS,
+    SCALINGS,
+    SMOOTHQUANT,
+    Repair,
+    name_of,
+)
 
 _FP32 = 1e-5  # relative, of factors
 _NEAR_BEST = 1.3  # times the divergence of the best candidate
@@ -120,14 +129,14 @@ def test_the_choice_is_nearly_the_best_of_all(config: OpConfig, repairs: tuple[s
     assert best.gain > 2
 
 
-@pytest.mark.parametrize("repair", SCALINGS)
+@pytest.mark.parametrize("repair", FACTORS)
 def test_factors_are_those_of_the_papers(repair: str) -> None:
     net, x = mlp(), torch.randn(64, 16)
     search, (chain,) = search_of(net, x, [W8A8])
     expected = candidates(net, x, repair)
     for alpha in (0.25, 0.75) if repair != EQUALIZATION else (0.0,):
         wanted = Repair(name=repair, alpha=alpha) if alpha else repair
-        found = search.best(chain, wanted)
+        found = search.best(chain, (wanted,))
         assert found is not None
         assert found.repair == wanted
         torch.testing.assert_close(found.factors.float(), expected[alpha], rtol=_FP32, atol=0.0)
@@ -137,11 +146,11 @@ def test_factors_are_those_of_the_papers(repair: str) -> None:
 def test_the_best_alpha_is_taken_where_none_is_given(repair: str) -> None:
     net, x = mlp(), torch.randn(64, 16)
     search, (chain,) = search_of(net, x, [W8A8])
-    found = search.best(chain, repair)
+    found = search.best(chain, (repair,))
     assert found is not None
     gains = {}
     for alpha in ALPHAS:
-        one = search.best(chain, Repair(name=repair, alpha=alpha))
+        one = search.best(chain, (Repair(name=repair, alpha=alpha),))
         assert one is not None
         gains[alpha] = one.gain
     best = max(gains, key=gains.__getitem__)
@@ -153,7 +162,7 @@ def test_the_best_alpha_is_taken_where_none_is_given(repair: str) -> None:
 def test_what_is_not_allowed_is_not_proposed(allowed: tuple[str, ...]) -> None:
     search, (chain,) = search_of(mlp(), torch.randn(64, 16), [W8A8], allowed)
     assert search.best(chain) is None
-    assert search.best(chain, SMOOTHQUANT) is not None  # asked for, it is done
+    assert search.best(chain, (SMOOTHQUANT,)) is not None  # asked for, it is done
 
 
 def test_equal_channels_are_left_alone() -> None:
@@ -180,7 +189,7 @@ def test_a_norm_has_no_rows_to_equalize() -> None:
     net = Net(lambda net, x: net.b(net.a(x)), a=nn.LayerNorm(16), b=nn.Linear(16, 5))
     spread(net, largest=300.0)
     search, (chain,) = search_of(net, torch.randn(64, 16), [W8A8])
-    assert search.best(chain, EQUALIZATION) is None
+    assert search.best(chain, (EQUALIZATION,)) is None
     best = search.best(chain)
     assert best is not None
     assert name_of(best.repair) == SMOOTHQUANT
@@ -193,7 +202,7 @@ def test_all_consumers_count() -> None:
     net.b.weight.data[:, 1], net.c.weight.data[:, 2] = 50.0, 70.0
     x = torch.randn(64, 16)
     search, (chain,) = search_of(net, x, [W8A8])
-    found = search.best(chain, EQUALIZATION)
+    found = search.best(chain, (EQUALIZATION,))
     assert found is not None
     columns = torch.maximum(net.b.weight.abs().amax(0), net.c.weight.abs().amax(0))
     expected = (net.a.weight.abs().amax(1) / columns).sqrt()
@@ -208,7 +217,7 @@ def test_flattened_positions_share_a_factor() -> None:
     spread(net)
     x = torch.randn(32, 2, 6, 6)
     search, (chain,) = search_of(net, x, [W8A8])
-    found = search.best(chain, Repair(name=SMOOTHQUANT, alpha=0.5))
+    found = search.best(chain, (Repair(name=SMOOTHQUANT, alpha=0.5),))
     assert found is not None
     largest = net.a(x).relu().amax((0, 2, 3))
     columns = net.b.weight.abs().view(5, 4, 16).amax((0, 2))
@@ -222,8 +231,8 @@ def test_a_dead_channel_keeps_its_factor() -> None:
     net.a.weight.data[3], net.a.bias.data[3] = 0.0, -1.0
     net.b.weight.data[:, 5] = 0.0
     search, (chain,) = search_of(net, x, [W8A8])
-    for repair in SCALINGS:
-        found = search.best(chain, repair)
+    for repair in FACTORS:
+        found = search.best(chain, (repair,))
         assert found is not None
         assert float(found.factors[3]) == 1.0
         assert bool(found.factors.isfinite().all() & (found.factors > 0).all())
@@ -261,6 +270,119 @@ def test_channels_that_calibration_never_saw_do_harm_to_nobody() -> None:
     search, (chain,) = search_of(net, x, [W8A8])
     blind = ScaleSearch(search.model, search.channels, {}, search.configs)
     assert blind.best(chain) is None
-    assert blind.best(chain, EQUALIZATION) is not None
+    assert blind.best(chain, (EQUALIZATION,)) is not None
     nothing = ScaleSearch(search.model, search.channels, search.calls, {})
     assert nothing.best(chain) is None
+
+
+def high() -> Any:
+    """A layer norm, some channels of which lie far from 0, and a linear layer behind it."""
+    torch.manual_seed(0)
+    net = Net(lambda net, x: net.b(net.a(x)), a=nn.LayerNorm(16), b=nn.Linear(16, 5))
+    net.a.bias.data[::3] = torch.linspace(-40, 60, 6)
+    net.b.bias.data -= net.b.weight @ net.a.bias
+    return net
+
+
+@torch.no_grad()
+def centred(net: Any, x: Tensor, factors: Tensor | float, shifts: Tensor | float) -> float:
+    """Return the KL divergence with (x − shifts) / factors and the weight to it quantized."""
+    hidden, expected = (net.a(x) - shifts) / factors, net(x).log_softmax(-1)
+    bias = net.b.bias + (net.b.weight * shifts).sum(1)
+    found = (affine(hidden) @ rows(net.b.weight * factors).T + bias).log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@torch.no_grad()
+def test_what_lies_high_is_absorbed() -> None:
+    net, x = high(), torch.randn(64, 16)
+    search, (chain,) = search_of(net, x, [W8A8])
+    best = search.best(chain)
+    assert best is not None
+    assert best.shifts is not None
+    assert BIAS_ABSORPTION in map(name_of, best.repairs)
+    hidden = net.a(x)
+    middle = (hidden.amin(0) + hidden.amax(0)) / 2
+    torch.testing.assert_close(best.shifts.float(), middle, rtol=_FP32, atol=_FP32)
+    plain = centred(net, x, 1.0, 0.0)
+    found = centred(net, x, best.factors.float(), best.shifts.float())
+    assert found < plain / 20
+    assert plain / found / 3 < best.gain < 3 * plain / found
+    without = search_of(net, x, [W8A8], FACTORS)[0].best(chain)
+    assert without is None or centred(net, x, without.factors.float(), 0.0) > 5 * found
+
+
+@torch.no_grad()
+def test_factors_of_smoothquant_are_those_of_centred_channels() -> None:
+    net, x = high(), torch.randn(64, 16)
+    search, (chain,) = search_of(net, x, [W8A8])
+    found = search.best(chain, (Repair(name=SMOOTHQUANT, alpha=0.5), BIAS_ABSORPTION))
+    assert found is not None
+    hidden = net.a(x)
+    reach, columns = (hidden.amax(0) - hidden.amin(0)) / 2, net.b.weight.abs().amax(0)
+    torch.testing.assert_close(found.factors.float(), (reach / columns).sqrt(), rtol=1e-4, atol=0.0)
+    assert found.repairs == (Repair(name=SMOOTHQUANT, alpha=0.5), BIAS_ABSORPTION)
+
+
+def test_what_is_asked_for_is_all_that_is_done() -> None:
+    net, x = high(), torch.randn(64, 16)
+    search, (chain,) = search_of(net, x, [W8A8])
+    alone, divided = search.best(chain, (BIAS_ABSORPTION,)), search.best(chain, (SMOOTHQUANT,))
+    assert alone is not None
+    assert alone.repairs == (BIAS_ABSORPTION,)
+    assert torch.equal(alone.factors, torch.ones(16).double())
+    assert divided is not None
+    assert divided.shifts is None
+
+
+@torch.no_grad()
+def test_through_a_relu_the_minimum_is_absorbed() -> None:
+    net: Any = Net(
+        lambda net, x: net.b(net.a(x).relu().flatten(1)), a=nn.Conv2d(2, 4, 3), b=nn.Linear(64, 5)
+    )
+    x = torch.randn(32, 2, 6, 6)
+    net.a.bias.data[1:3] += 20.0
+    search, (chain,) = search_of(net, x, [W8A8])
+    best = search.best(chain)
+    assert best is not None
+    assert best.shifts is not None
+    lowest = net.a(x).relu().amin((0, 2, 3))
+    assert lowest.count_nonzero() == 2
+    torch.testing.assert_close(best.shifts.float(), lowest, rtol=0.0, atol=0.0)
+
+
+def test_channels_about_zero_have_nothing_to_absorb() -> None:
+    net, x = mlp(), torch.randn(64, 16)
+    search, (chain,) = search_of(net, x, [W8A8])
+    assert chain.offset == "minimum"
+    assert search.best(chain, (BIAS_ABSORPTION,)) is None
+    best = search.best(chain)
+    assert best is not None
+    assert best.shifts is None
+
+
+def test_where_only_weights_are_quantized_nothing_is_absorbed_unasked() -> None:
+    net, x = high(), torch.randn(64, 16)
+    search, (chain,) = search_of(net, x, [W3])
+    best = search.best(chain)
+    assert best is None or best.shifts is None
+    assert search.best(chain, (BIAS_ABSORPTION,)) is not None
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_half_precision_absorbs_nothing(which: str) -> None:
+    net, x = high(), torch.randn(64, 16)
+    search, (chain,) = search_of(net, x, [W8A8])
+    weight = net.get_submodule(which).get_parameter("weight")
+    weight.data = weight.data.to(torch.bfloat16)
+    assert ScaleSearch._shifts(search, chain, search.channels["a"]) is None
+
+
+def test_the_search_leaves_biases_as_they_are() -> None:
+    net, x = high(), torch.randn(64, 16)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    pointers = [p.data_ptr() for p in net.parameters()]
+    search, (chain,) = search_of(net, x, [W8A8, W3])
+    search.best(chain)
+    assert [p.data_ptr() for p in net.parameters()] == pointers
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
