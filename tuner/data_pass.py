@@ -8,6 +8,7 @@ import torch
 
 from tuner.batches import Feeder, Forward, batch_size, read_batches
 from tuner.errors import DataError, TunerError
+from tuner.example import Example, first_call
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges, Observer, Watcher
@@ -24,7 +25,8 @@ class DataPass:
 
     `record` reads the first batch only, so that what cannot work fails before anything slow runs;
     `calibrate` reads the rest. `graph` grows where a later batch takes another branch. `kept` are
-    the first batches, of at least `keep` samples; `late` those that reached further ops;
+    the first batches, of at least `keep` samples, `example` is the call that the very first makes
+    of the model; `late` those that reached further ops;
     `branches` tells whether batches took different ways through the model.
     """
 
@@ -39,6 +41,7 @@ class DataPass:
         self.feeder = Feeder(model.model, forward)
         self.graph = OpGraph({})
         self.kept: list[Any] = []
+        self.example: Example | None = None
         self.late: list[Any] = []
         self.branches = False
         self._model = model
@@ -49,7 +52,10 @@ class DataPass:
         """Record the op graph on the first batch; raises DataError where the model never ran."""
         index, batch = next(self._batches)
         self.kept = [batch]
-        self.graph = self._recorded(index, batch)
+        with first_call(self._model.model) as calls:
+            self.graph = self._recorded(index, batch)
+        has_tensors = bool(calls) and next(tensors_in(calls[0]), None) is not None
+        self.example = Example.of_call(self._model.model, *calls[0]) if has_tensors else None
         if not self.graph.ops and not self.graph.nodes:
             raise DataError(
                 "the model was never called on the first batch: forward(model, batch) must call it"

@@ -58,6 +58,10 @@ class SaveError(TunerError):
     """A model directory cannot be written or read."""
 
 
+class ExportError(TunerError):
+    """A model cannot be exported, or what was exported does not agree with it."""
+
+
 class NothingQuantizedWarning(UserWarning):
     """The goal is met only by the FP32 model: nothing was quantized."""
 

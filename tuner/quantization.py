@@ -325,11 +325,12 @@ def _finished(
     model.weights.rounder = model.corrections.correction = None  # they hold what they go by
     model.norms.reestimate = None
     model.model.eval()
-    return QuantizedModel(Parts(model, plan, prepared.folded, result, scalings))
+    return QuantizedModel(Parts(model, plan, prepared.folded, result, scalings, prepared.example))
 
 
 def _parts(prepared: Prepared, plan: Plan, result: TuningResult) -> Parts:
-    return Parts(prepared.model, plan, prepared.folded, result, prepared.scalings)
+    folded, scalings = prepared.folded, prepared.scalings
+    return Parts(prepared.model, plan, folded, result, scalings, prepared.example)
 
 
 def _warn_if_nothing_quantized(result: TuningResult) -> None:

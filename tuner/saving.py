@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tuner.costs import named_storage
 from tuner.errors import PlanError, SaveError
+from tuner.example import Example
 from tuner.isolation import copied
 from tuner.model import InstrumentedModel
 from tuner.operands import static_operands
@@ -21,11 +22,9 @@ from tuner.packed_tensor import (
     PART_NAMES,
     StoredTensor,
     check_parts,
-    pack_current,
     unpack_tensor,
 )
 from tuner.plan import Plan
-from tuner.qparams import compute_qparams
 from tuner.ranges import QParams
 from tuner.recovery.folding import FoldedPair, folded_names, prepare
 from tuner.recovery.scaling import Scaling, prepare_caps
@@ -42,13 +41,14 @@ _SCALES, _ZERO_POINTS = "activations.scale", "activations.zero_point"
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a saved directory holds, in memory."""
+    """What a saved directory holds, in memory; `example` is not saved: it is the user's data."""
 
     model: InstrumentedModel
     plan: Plan
     folded: tuple[FoldedPair, ...]
     result: TuningResult
     scalings: tuple[Scaling, ...] = ()
+    example: Example | None = None
 
 
 def save_parts(parts: Parts, directory: str | Path) -> Path:
@@ -153,8 +153,6 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[int | str, ...
     model = parts.model
     needless = folded_names(model.model, parts.folded)
     weights = _weight_schemes(model.ops, parts.plan)
-    parameters = dict(model.model.named_parameters())
-    rounded = _roundings(model.ops, parts.plan)
     packed_paths = {ref.path for ref, _ in weights.values()}
     biased = _biased(model.ops, parts.plan)
     bias_paths = {model.biases.path(op) for op in biased}
@@ -163,13 +161,8 @@ def _tensors(parts: Parts) -> tuple[dict[str, Tensor], list[tuple[int | str, ...
         for name, tensor in named_storage(model.model).items()
         if name not in needless | packed_paths | bias_paths
     }
-    for ref, scheme in weights.values():
-        current, original = ref.of(parameters[ref.path]), model.weights.original(ref)
-        known = model.weights.packed(ref, scheme)
-        qparams = (
-            compute_qparams(original, scheme) if known is None and ref.key in rounded else None
-        )
-        tensors.update(_named(_stem(ref), pack_current(current, original, scheme, qparams, known)))
+    for ref, _ in weights.values():
+        tensors.update(_named(_stem(ref), model.weights.stored(ref)))
     for op in biased:
         tensors.update(_named(*model.biases.stored(op)))
     for path in packed_paths:

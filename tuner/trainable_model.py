@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tuner.batches import Feeder
 from tuner.errors import TunerError
+from tuner.example import Example
 from tuner.model import InstrumentedModel
 from tuner.operands import OUTPUT
 from tuner.ops import WeightRef
@@ -71,6 +72,7 @@ class TrainableParts:
     switch: Switch
     feeder: Feeder
     scalings: tuple[Scaling, ...] = ()
+    example: Example | None = None
 
 
 class TrainableModel(nn.Module):
@@ -173,9 +175,15 @@ class TrainableModel(nn.Module):
         frozen.weights.forget_cache()
         frozen.model.eval()
         parts = self._parts
-        return QuantizedModel(
-            Parts(frozen, self.plan, parts.folded, self._result(), parts.scalings)
+        found = Parts(
+            model=frozen,
+            plan=self.plan,
+            folded=parts.folded,
+            result=self._result(),
+            scalings=parts.scalings,
+            example=parts.example,
         )
+        return QuantizedModel(found)
 
     def _result(self) -> TuningResult:
         """Return how the plan was found, its record judged by the accuracy after training."""

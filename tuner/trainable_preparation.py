@@ -12,6 +12,7 @@ from tuner.config import Rule, TuningConfig
 from tuner.costs import CostModel
 from tuner.data_pass import DataPass
 from tuner.errors import ModelError, PlanError, SpaceError, TunerError, UnknownNameError
+from tuner.example import Example
 from tuner.graph import OpGraph
 from tuner.isolation import copied, isolated_random_state
 from tuner.model import InstrumentedModel, Ranges
@@ -120,6 +121,7 @@ class _Start:
     feeder: Feeder
     batches: tuple[Any, ...] = ()
     scalings: tuple[Scaling, ...] = ()
+    example: Example | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +188,7 @@ def _of_quantized(source: QuantizedModel, reading: _Reading) -> _Start:
         feeder=feeder,
         batches=batches,
         scalings=parts.scalings,
+        example=parts.example,
     )
 
 
@@ -241,6 +244,7 @@ def _trainable(start: _Start, choices: Choices, quant_start_step: int) -> Traina
         switch=switch,
         feeder=start.feeder,
         scalings=start.scalings,
+        example=start.example,
     )
     trainable = TrainableModel(parts, quant_start_step)
     if start.batches and not trainable.is_ready:

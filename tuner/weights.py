@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tuner.errors import PlanError
 from tuner.ops import WeightRef
-from tuner.packed_tensor import StoredTensor, stored_qparams
+from tuner.packed_tensor import StoredTensor, pack_current, stored_qparams
 from tuner.qparams import compute_qparams, fake_quantize, whole_scale
 from tuner.schemes import TensorScheme
 
@@ -65,6 +65,20 @@ class WeightStore:
     def packed(self, ref: WeightRef, scheme: TensorScheme) -> StoredTensor | None:
         """Return the codes that `adopt` was given, or None if the float weight is here."""
         return self._adopted.get((ref.key, scheme))
+
+    def scheme(self, ref: WeightRef) -> TensorScheme | None:
+        """Return the scheme that is on a weight, None where it is float."""
+        choice = self._schemes.get(ref.key)
+        return None if choice is None else choice[0]
+
+    def stored(self, ref: WeightRef) -> StoredTensor:
+        """Return the parts that a quantized weight is stored as, as it is on the model now."""
+        scheme, rounding = self._schemes[ref.key]
+        known, original = self.packed(ref, scheme), self.original(ref)
+        # what was rounded otherwise than to nearest keeps the scales of the float weight
+        given = known is None and rounding is not None
+        qparams = compute_qparams(original, scheme) if given else None
+        return pack_current(ref.of(self._parameters[ref.path]), original, scheme, qparams, known)
 
     def scales(self, ref: WeightRef, scheme: TensorScheme) -> Tensor:
         """Return the scales of a weight under a scheme, a global scale multiplied in."""

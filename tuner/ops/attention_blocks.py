@@ -14,7 +14,9 @@ _ROWS = 64  # queries of a causal block, whose later keys are left out
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend` takes these: plain fp32 of equal batches, and nobody wants gradients."""
-    if torch.is_autocast_enabled("cpu") or not query.numel() or not key.numel():
+    if torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not query.numel() or not key.numel():
         return False
     return all(
         takes(x)

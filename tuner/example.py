@@ -1,0 +1,179 @@
+"""One call of a model as flat, named tensors: what an exported model takes and returns."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tuner.batches import Feeder
+from tuner.errors import ExportError
+from tuner.sites import own_class
+from tuner.tensors import named_tensors_in
+
+Axes = Mapping[str, Mapping[int, str] | Iterable[int]]
+"""Input name → its axes whose length may change, with or without names for them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A call of a model: its tensors in order, their names, and how the call is made of them."""
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    _leaves: tuple[Any, ...]
+    _spec: pytree.TreeSpec
+
+    @classmethod
+    def of_call(
+        cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> "Example":
+        """Take a call apart; raises ExportError where it has no tensors."""
+        values, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
+        positional = _parameter_names(model)
+        found = [
+            (_name(path, positional), value) for path, value in values if isinstance(value, Tensor)
+        ]
+        if not found:
+            raise ExportError("the example has no tensor: give the inputs of one call of the model")
+        names, tensors = zip(*found, strict=True)
+        leaves = tuple(value for _, value in values)
+        return cls(_unique(names), tuple(t.detach().clone() for t in tensors), leaves, spec)
+
+    @classmethod
+    def of_batch(
+        cls, model: nn.Module, batch: Any, forward: Callable[[Any, Any], Any] | None = None
+    ) -> "Example":
+        """Return the call that a batch makes of the model, as calibration passes it."""
+        with first_call(model) as calls, torch.no_grad():
+            Feeder(model, forward)(model, batch)
+        if not calls:
+            raise ExportError("forward(model, batch) does not call the model: give example_inputs")
+        return cls.of_call(model, *calls[0])
+
+    def call(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return args and kwargs of the call with these tensors in the place of its own."""
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+    def with_batch(self, size: int) -> "Example":
+        """Return the example with the first axis of every tensor that has one cut or repeated."""
+        tensors = tuple(_resized(t, size) for t in self.tensors)
+        return Example(self.names, tensors, self._leaves, self._spec)
+
+    def dynamic_axes(self, given: Axes | None = None) -> dict[str, dict[int, str]]:
+        """Return the axes of each input whose length may change, with their names.
+
+        Without `given`: the first axis of every input, the batch, and the second axis of token
+        indices, the sequence, with that of masks of the same shape. Raises ExportError for an input
+        or an axis that is not there.
+        """
+        if given is not None:
+            return {name: self._checked(name, axes) for name, axes in given.items()}
+        tokens = {tuple(t.shape[:2]) for t in self.tensors if t.dim() == 2 and not _is_float(t)}
+        found: dict[str, dict[int, str]] = {}
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            if tensor.dim():
+                found[name] = {0: "batch"}
+            if tensor.dim() == 2 and tuple(tensor.shape) in tokens:
+                found[name][1] = "sequence"
+        return found
+
+    def _checked(self, name: str, axes: Mapping[int, str] | Iterable[int]) -> dict[int, str]:
+        if name not in self.names:
+            raise ExportError(
+                f"dynamic_axes speaks of {name!r}: the model's inputs are {', '.join(self.names)}"
+            )
+        count = self.tensors[self.names.index(name)].dim()
+        named = dict(axes) if isinstance(axes, Mapping) else {a: f"{name}_{a}" for a in axes}
+        for axis in named:
+            if not 0 <= axis < count:
+                raise ExportError(f"dynamic_axes: {name} has {count} axes, and no axis {axis}")
+        return named
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The args and kwargs of a call."""
+
+
+@contextmanager
+def first_call(model: nn.Module) -> Iterator[list[Call]]:
+    """Yield a list that gets args and kwargs of the first call of the model in the block."""
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not calls:
+            calls.append((args, kwargs))
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def outputs_of(value: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    """Return names and tensors of what a model returns; a lone tensor is called 'output'.
+
+    Raises ExportError where there is none.
+    """
+    found = list(named_tensors_in(value))
+    if not found:
+        raise ExportError(
+            f"the model returns a {type(value).__name__} without tensors: only tensors, and "
+            "tuples, mappings and dataclasses of them, can be exported"
+        )
+    names = [_output_name(name) for name, _ in found]
+    return _unique(names), tuple(tensor for _, tensor in found)
+
+
+def _output_name(name: str) -> str:
+    clean = name.replace(".", "_")
+    return "output" if not clean else f"output_{clean}" if clean[0].isdigit() else clean
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    """Return the parameters of the model's forward, by name, as its user wrote it."""
+    forward = model.__dict__.get("_tuner_forward") or model.__dict__.get("forward")
+    try:
+        names = list(inspect.signature(forward or own_class(model).forward).parameters)
+    except (TypeError, ValueError):
+        return []
+    return names if forward else names[1:]
+
+
+def _name(path: tuple[Any, ...], positional: list[str]) -> str:
+    """Return the name of the leaf at a path into (args, kwargs)."""
+    keys = [
+        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
+    ]
+    if keys[0] == "0":
+        index = int(keys[1])
+        keys[1] = positional[index] if index < len(positional) else f"input_{index}"
+    return "_".join(keys[1:])
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    seen: dict[str, int] = {}
+    unique = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return tuple(unique)
+
+
+def _resized(tensor: Tensor, size: int) -> Tensor:
+    if not tensor.dim() or not len(tensor):
+        return tensor
+    repeats = -(-size // len(tensor))
+    return tensor.repeat(repeats, *[1] * (tensor.dim() - 1))[:size].contiguous()
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

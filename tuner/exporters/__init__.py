@@ -1,0 +1,1 @@
+"""What a tuned model becomes: one deployment target a file."""

@@ -1,0 +1,77 @@
+"""Compares what an artifact gives with the simulated model, on real inputs."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tuner.errors import ExportError
+from tuner.exporters.report import Agreement
+from tuner.exporters.tracing import Traced
+
+Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Runs an artifact on the flat inputs of a traced model, and returns its flat outputs."""
+
+_NOISE = 1e-6
+_SEEDS = 3
+
+
+@torch.no_grad()
+def agreement(traced: Traced, run: Run) -> Agreement:
+    """Run an artifact and the simulation on the example, and compare their outputs.
+
+    Raises ExportError where the artifact gives other outputs than the model: in number, in shape,
+    or NaN.
+    """
+    inputs = traced.example.tensors
+    expected = traced.simulate(*inputs)
+    found = list(run(inputs))
+    _check(traced, expected, found)
+    pairs = [_floats(e, f) for e, f in zip(expected, found, strict=True) if e.numel()]
+    differences = [(f - e).abs() for e, f in pairs]
+    count = sum(d.numel() for d in differences)
+    return Agreement(
+        max_abs=max((d.max().item() for d in differences), default=0.0),
+        mean_abs=sum(d.sum().item() for d in differences) / max(count, 1),
+        argmax=_same_argmax(expected[0], found[0]),
+        floor=perturbation_floor(traced, expected),
+        samples=next((len(t) for t in inputs if t.dim()), 1),
+    )
+
+
+def perturbation_floor(traced: Traced, expected: Sequence[Tensor]) -> float:
+    """Return how far the simulation's outputs move when quantized tensors are disturbed by 1e-6."""
+    worst = 0.0
+    for seed in range(_SEEDS):
+        moved = traced.simulation(_NOISE, seed).run(*traced.example.tensors)
+        for one, other in zip(expected, moved, strict=True):
+            if one.numel():
+                e, m = _floats(one, other)
+                worst = max(worst, (m - e).abs().max().item())
+    return worst
+
+
+def _floats(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in fp64, equal infinities (of masks) left out."""
+    a, b = one.double(), other.double()
+    same = a == b
+    return torch.where(same, 0.0, a), torch.where(same, 0.0, b)
+
+
+def _same_argmax(expected: Tensor, found: Tensor) -> float | None:
+    if expected.dim() < 2 or expected.shape[-1] < 2 or not expected.numel():
+        return None
+    return (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
+
+
+def _check(traced: Traced, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    if len(expected) != len(found):
+        raise ExportError(f"the artifact has {len(found)} outputs, the model {len(expected)}")
+    for name, e, f in zip(traced.outputs, expected, found, strict=True):
+        if e.shape != f.shape:
+            raise ExportError(
+                f"the artifact's output {name!r} has shape {list(f.shape)}, the model's "
+                f"{list(e.shape)}"
+            )
+        if f.isnan().any() and not e.isnan().any():
+            raise ExportError(f"the artifact's output {name!r} has NaN, the model's has none")

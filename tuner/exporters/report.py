@@ -1,0 +1,125 @@
+"""What an export gave: its files, how far it agrees with the simulation, and how fast it is."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the outputs of an artifact are from those of the simulated model, on real inputs.
+
+    `floor` is the largest difference that the simulation itself shows when every quantized tensor
+    is disturbed by some 1e-6 of its values: rounding makes such differences grow, and no two
+    runtimes can be expected to agree better. `argmax` is the share of rows of the first output
+    with the same largest element, None where it has only one column.
+    """
+
+    max_abs: float
+    mean_abs: float
+    argmax: float | None
+    floor: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """How far one quantized tensor is from the simulation where all before it are as simulated.
+
+    `max_steps` counts quantization steps; `equal` is the share of equal codes.
+    """
+
+    name: str
+    max_steps: float
+    equal: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median times of one call, FP32 and quantized in the same runtime, measured in turns.
+
+    `spread_ms` are the lower and upper quartiles of the quantized times.
+    """
+
+    batch: int
+    float_ms: float
+    quantized_ms: float
+    spread_ms: tuple[float, float]
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than FP32."""
+        return self.float_ms / self.quantized_ms
+
+
+@dataclass(frozen=True)
+class LeftFloat:
+    """An op that is not computed in low precision, and why."""
+
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export gave. `metric` is what eval_func said of the artifact, if it was asked."""
+
+    target: str
+    files: tuple[Path, ...]
+    size_bytes: int
+    float_size_bytes: int
+    agreement: Agreement | None
+    layers: tuple[LayerAgreement, ...] = ()
+    latency: tuple[Latency, ...] = ()
+    left_float: tuple[LeftFloat, ...] = ()
+    metric: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size_ratio(self) -> float:
+        """The size of the files as a share of FP32's in the same format."""
+        return self.size_bytes / self.float_size_bytes
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Return the report as JSON has it."""
+        return {**asdict(self), "files": [str(path) for path in self.files]}
+
+    def summary(self) -> str:
+        """Return a few lines for people."""
+        lines = [
+            f"Exported for {self.target}: {', '.join(str(path) for path in self.files)}",
+            f"Size: {self.size_bytes / 1024:.0f} KiB, {self.size_ratio:.1%} of FP32",
+        ]
+        lines += _agreement_lines(self)
+        lines += [_latency_line(entry) for entry in self.latency]
+        if self.metric is not None:
+            lines.append(f"eval_func on the artifact: {self.metric:.5g}")
+        lines += [f"Not in low precision: {left.op}: {left.reason}" for left in self.left_float]
+        return "\n".join([*lines, *self.notes])
+
+
+def _latency_line(entry: Latency) -> str:
+    lower, upper = entry.spread_ms
+    return (
+        f"Latency at batch {entry.batch}: {entry.quantized_ms:.3g} ms "
+        f"({lower:.3g} to {upper:.3g}), FP32 {entry.float_ms:.3g} ms: {entry.speedup:.2f}×"
+    )
+
+
+def _agreement_lines(report: ExportReport) -> list[str]:
+    found = report.agreement
+    if found is None:
+        return []
+    argmax = "" if found.argmax is None else f", same argmax in {found.argmax:.2%}"
+    lines = [
+        f"Agreement with the simulation on {found.samples} samples: at most {found.max_abs:.3g}, "
+        f"on average {found.mean_abs:.3g}{argmax}; the simulation's own floor is {found.floor:.3g}"
+    ]
+    if report.layers:
+        worst = max(report.layers, key=lambda layer: layer.max_steps)
+        lines.append(
+            f"Layer by layer: {len(report.layers)} quantized tensors, at most "
+            f"{worst.max_steps:.3g} steps apart ({worst.name})"
+        )
+    return lines

@@ -1,0 +1,249 @@
+"""The graph of a quantized model, traced once: what every exporter begins with."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from operator import setitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+
+from tuner.errors import ExportError
+from tuner.example import Axes, Example, outputs_of
+from tuner.exporters.markers import MARKER, mark, operand_of
+from tuner.model import InstrumentedModel
+from tuner.ops import WeightRef
+from tuner.packed_tensor import StoredTensor
+from tuner.quantizer import Quantizer
+from tuner.schemes import TensorScheme
+
+
+@dataclass(frozen=True, eq=False)
+class TracedWeight:
+    """A quantized weight of the graph: the nodes that yield it, and the parts that it is made of.
+
+    `parts` are what `packed_tensor.pack_tensor` gives; the nodes yield its float values, as they
+    are simulated. `ops` are the names of the ops that use it.
+    """
+
+    ref: WeightRef
+    scheme: TensorScheme
+    parts: StoredTensor
+    shape: tuple[int, ...]
+    ops: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A quantized model as a graph of ATen ops over flat tensors.
+
+    `module` takes the tensors of `example` in order, and returns a tuple of tensors, named
+    `outputs`. Where an activation is fake-quantized it has a call of `markers.MARKER`, whose key
+    leads to the quantizer in `quantizers`. Weights are constants with their simulated values.
+    `dynamic` are the axes of inputs whose length may change.
+    """
+
+    module: fx.GraphModule
+    example: Example
+    outputs: tuple[str, ...]
+    quantizers: Mapping[str, Quantizer]
+    weights: tuple[TracedWeight, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+    def markers(self) -> Iterator[tuple[fx.Node, str]]:
+        """Yield the nodes that stand for quantizers, with their keys, in order of execution."""
+        for node in self.module.graph.nodes:
+            if is_marker(node):
+                yield node, str(node.args[1])
+
+    @torch.no_grad()
+    def simulate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph with every marker computed by its quantizer."""
+        return self.simulation().run(*inputs)  # type: ignore[no-any-return]
+
+    def simulation(self, noise: float = 0.0, seed: int = 0) -> "Simulation":
+        """Return what runs the graph, and keeps what reached each marker.
+
+        `noise` is a relative disturbance of what is quantized, normally distributed.
+        """
+        return Simulation(self, noise, seed)
+
+
+class Simulation(fx.Interpreter):
+    """Runs a traced graph; `reached` has the tensor that came to each marker, by node name."""
+
+    def __init__(self, traced: Traced, noise: float = 0.0, seed: int = 0) -> None:
+        super().__init__(traced.module)
+        self._quantizers = traced.quantizers
+        self._noise = noise
+        self._generator = torch.Generator().manual_seed(seed)
+        self.reached: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, a marker as its quantizer."""
+        if not is_marker(n):
+            return super().run_node(n)
+        (x, key), _ = self.fetch_args_kwargs_from_env(n)
+        self.reached[n.name] = x
+        if self._noise:
+            drawn = torch.randn(x.shape, generator=self._generator, dtype=x.dtype)
+            x = x * (1 + self._noise * drawn)
+        return self._quantizers[key](x)
+
+
+def is_marker(node: fx.Node) -> bool:
+    """Whether a node stands for a quantizer."""
+    return node.op == "call_function" and node.target is MARKER
+
+
+class _Flat(nn.Module):
+    """A model that takes the tensors of an example one after the other, and returns a tuple."""
+
+    def __init__(
+        self, model: nn.Module, example: Example, tell: Callable[[Iterable[str]], None]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._example = example
+        self._tell = tell
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self._example.call(inputs)
+        names, tensors = outputs_of(self.model(*args, **kwargs))
+        self._tell(names)
+        return tensors
+
+
+def trace(model: InstrumentedModel, example: Example, dynamic_axes: Axes | None = None) -> Traced:
+    """Return the graph of a model with the plan that is on it; the model is left as it is.
+
+    Raises ExportError where torch.export cannot trace the model, where the example does not reach
+    an op of the plan, or where an axis of `dynamic_axes` cannot change.
+    """
+    wanted = example.dynamic_axes(dynamic_axes)
+    twin = copy.deepcopy(model)
+    quantizers = mark(twin)
+    outputs: list[str] = []
+    tell = partial(setitem, outputs, slice(None))
+    flat = _Flat(twin.model, example, tell).eval()
+    program = _exported(flat, example, wanted)
+    dynamic = _free_axes(program, example, wanted, dynamic_axes is not None)
+    graph = program.module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    _check_reached(graph, quantizers)
+    weights = tuple(_weights(twin, graph))
+    return Traced(graph, example, tuple(outputs), quantizers, weights, dynamic)
+
+
+def _exported(
+    flat: nn.Module, example: Example, dynamic: Mapping[str, Mapping[int, str]]
+) -> ExportedProgram:
+    firsts = {t.shape[0] if t.dim() else None for t in example.tensors}
+    # an axis of length 1 would be taken for a constant
+    tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
+    shapes = tuple(dict.fromkeys(dynamic.get(name, {}), Dim.AUTO) for name in example.names)
+    try:
+        with torch.no_grad():
+            return export(flat, tensors, dynamic_shapes={"inputs": shapes}, strict=False)
+    except Exception as error:  # whatever the user's code raises under tracing
+        raise ExportError(
+            f"torch.export cannot trace this model: {type(error).__name__}: {error}. What leads to "
+            "branches that depend on values of tensors must be changed in the model for an export"
+        ) from error
+
+
+def _free_axes(
+    program: ExportedProgram,
+    example: Example,
+    wanted: Mapping[str, Mapping[int, str]],
+    is_asked: bool,
+) -> dict[str, dict[int, str]]:
+    """Return the axes that did come out free; raises ExportError where one was asked for."""
+    names = program.graph_signature.user_inputs
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    free: dict[str, dict[int, str]] = {}
+    for name, placeholder in zip(example.names, names, strict=True):
+        shape = nodes[str(placeholder)].meta["val"].shape
+        axes = wanted.get(name, {})
+        free[name] = {a: axes[a] for a in axes if _is_free(shape[a])}
+        fixed = [a for a in axes if a not in free[name]]
+        if fixed and is_asked:
+            raise ExportError(
+                f"dynamic_axes: the model computes with axis {fixed[0]} of {name} as the constant "
+                f"{shape[fixed[0]]}: leave it out, or mend the model"
+            )
+    return free
+
+
+def _is_free(length: int | torch.SymInt) -> bool:
+    return not isinstance(length, int) and not length.node.expr.is_number
+
+
+def _check_reached(graph: fx.GraphModule, quantizers: Mapping[str, Quantizer]) -> None:
+    reached = {str(node.args[1]) for node in graph.graph.nodes if is_marker(node)}
+    missing = [key for key in quantizers if key not in reached]
+    if missing:
+        op, _ = operand_of(missing[0])
+        raise ExportError(
+            f"the example does not reach {op!r}, which the plan quantizes ({len(missing)} of "
+            f"{len(quantizers)} quantizers): give example_inputs that take the way of the "
+            "calibration data"
+        )
+
+
+def _weights(model: InstrumentedModel, graph: fx.GraphModule) -> Iterator[TracedWeight]:
+    """Yield every quantized weight once, tied ones too."""
+    users: dict[Any, list[str]] = {}
+    refs: dict[Any, WeightRef] = {}
+    for name, op in model.ops.items():
+        for ref in op.weights:
+            if model.weights.scheme(ref) is not None:
+                users.setdefault(ref.key, []).append(name)
+                refs.setdefault(ref.key, ref)
+    parameters = dict(model.model.named_parameters())
+    constants = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    for key, ref in refs.items():
+        parameter = parameters[ref.path]
+        nodes = [n for n in constants if _is_same(_constant(graph, n), parameter)]
+        if ref.rows is not None:
+            nodes = [user for node in nodes for user in node.users if _is_run(user, ref.rows)]
+        scheme = model.weights.scheme(ref)
+        assert scheme is not None
+        yield TracedWeight(
+            ref=ref,
+            scheme=scheme,
+            parts=model.weights.stored(ref),
+            shape=tuple(ref.of(parameter).shape),
+            ops=tuple(users[key]),
+            nodes=tuple(node.name for node in nodes),
+        )
+
+
+def _constant(graph: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _is_same(value: Any, parameter: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.data_ptr() == parameter.data_ptr()
+        and value.shape == parameter.shape
+    )
+
+
+def _is_run(node: fx.Node, rows: tuple[int, int]) -> bool:
+    """Whether a node cuts these rows out of a parameter, aten.slice(x, dim=0, start, end)."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    arguments: list[Any] = [*node.args, *(None, 0, None, None)[len(node.args) :]]
+    source, axis, start, stop = arguments[:4]
+    length = int(source.meta["val"].shape[0])
+    last = length if stop is None else min(int(stop), length)
+    return bool(axis == 0 and (start or 0, last) == rows)
