@@ -46,7 +46,8 @@ class ResNet18(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits."""
         x = self.pool(torch.relu(self.bn1(self.conv1(image))))
-        return self.fc(self.blocks(x).mean((2, 3)))
+        logits: Tensor = self.fc(self.blocks(x).mean((2, 3)))
+        return logits
 
 
 def resnet18(seed: int = 0, classes: int = 1000) -> nn.Module:
