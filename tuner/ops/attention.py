@@ -51,7 +51,7 @@ class AttentionFamily(Family):
         scores = operand(QUERY, query) @ operand(KEY, key).transpose(-2, -1)
         scores = scores.mul_(_scale(bound, query))
         scores = _masked(scores, bound.get("attn_mask"), bool(bound.get("is_causal")))
-        probabilities = _softmax(scores, bound.get("attn_mask") is not None)
+        probabilities = _softmax(scores, bound.get("attn_mask"))
         if bound.get("dropout_p"):
             probabilities = F.dropout(probabilities, bound["dropout_p"])
         return operand(PROBABILITIES, probabilities) @ operand(VALUE, value)
@@ -103,18 +103,17 @@ def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     return scores + mask
 
 
-def _softmax(scores: Tensor, has_mask: bool) -> Tensor:
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax whose fully masked rows are 0, as the fused op has it; causal rows see themselves."""
     probabilities = torch.softmax(scores, -1)
+    if mask is None:
+        return probabilities
+    hidden = ~mask if mask.dtype == torch.bool else torch.isneginf(mask)
+    empty = hidden.all(-1, keepdim=True)
     # a trace cannot branch on values: there it is always filled in
-    if has_mask and (torch.compiler.is_compiling() or _may_have_empty_rows(scores)):
-        empty = torch.isneginf(scores).all(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(empty, 0.0)
+    if torch.compiler.is_compiling() or bool(empty.any()):
+        return probabilities.masked_fill(empty, 0.0)
     return probabilities
-
-
-def _may_have_empty_rows(scores: Tensor) -> bool:
-    return bool(scores.shape[-1]) and bool(torch.isneginf(scores[..., :1]).any())
 
 
 class SiteCall(Protocol):

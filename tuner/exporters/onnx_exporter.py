@@ -1,0 +1,137 @@
+"""The `onnx` and `onnxruntime` targets: a QDQ file, checked and measured in ONNX Runtime."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import onnx
+
+from tuner.errors import ExportError
+from tuner.exporters.agreement import Run, agreement
+from tuner.exporters.base import Exporter, ExportRequest
+from tuner.exporters.onnx_activations import why_not_spelled
+from tuner.exporters.onnx_file import to_onnx
+from tuner.exporters.onnx_graph import QdqGraph, float_graph, qdq_graph
+from tuner.exporters.onnx_layers import layer_agreement
+from tuner.exporters.onnx_runtime import OnnxRuntimeSession, optimized_graph
+from tuner.exporters.onnx_weights import why_not_stored
+from tuner.exporters.report import ExportReport, Latency, LayerAgreement, LeftFloat
+from tuner.exporters.timing import interleaved
+from tuner.exporters.tracing import Traced
+from tuner.ops import Op
+from tuner.schemes import OpConfig
+
+_MOST_STEPS = 1.0
+_PRODUCTS = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+
+
+class OnnxExporter(Exporter):
+    """QDQ for any runtime that reads ONNX, TensorRT's explicit quantization among them."""
+
+    target = "onnx"
+
+    def why_not(self, op: Op, config: OpConfig) -> str | None:
+        """Return why ONNX cannot say what an op's choice does, None if it can."""
+        schemes = [config.input_scheme(i) for i in op.activations]
+        schemes += [config.output]
+        found = [why_not_spelled(scheme) for scheme in schemes if scheme is not None]
+        found += [why_not_stored(config.weight)] if config.weight is not None else []
+        return next((why for why in found if why is not None), None)
+
+    def export(self, request: ExportRequest) -> ExportReport:
+        """Write the file, check it layer by layer and as a whole, and time it beside FP32."""
+        traced = request.traced
+        graph = qdq_graph(traced)
+        model = to_onnx(graph.module, traced)
+        layers = layer_agreement(model, graph.pairs, traced, _load)
+        _refuse_apart(layers)
+        reference = to_onnx(float_graph(traced), traced).to_bytes()
+        files = model.save(file_of(request.path))
+        session = OnnxRuntimeSession(files[0])
+        return ExportReport(
+            target=self.target,
+            files=files,
+            size_bytes=sum(path.stat().st_size for path in files),
+            float_size_bytes=len(reference),
+            agreement=agreement(traced, session.run),
+            layers=layers,
+            latency=latencies(traced, session.run, _load(reference), request.batches),
+            left_float=(*graph.left_float, *self._left_float(request, graph, files[0])),
+            metric=None if request.evaluate is None else request.evaluate(session.run),
+        )
+
+    def _left_float(
+        self, request: ExportRequest, graph: QdqGraph, path: Path
+    ) -> tuple[LeftFloat, ...]:
+        return ()
+
+
+class OnnxRuntimeExporter(OnnxExporter):
+    """The same file, of which is checked that ONNX Runtime computes it with integers."""
+
+    target = "onnxruntime"
+
+    def _left_float(
+        self, request: ExportRequest, graph: QdqGraph, path: Path
+    ) -> tuple[LeftFloat, ...]:
+        return tuple(_in_float(optimized_graph(path), request, graph))
+
+
+def file_of(path: Path) -> Path:
+    """Return the file to write: the path itself if it ends in .onnx, else model.onnx in it."""
+    return path if path.suffix == ".onnx" else path / "model.onnx"
+
+
+def _load(model: bytes) -> Run:
+    return OnnxRuntimeSession(model).run
+
+
+def _refuse_apart(layers: Iterable[LayerAgreement]) -> None:
+    for layer in layers:
+        if layer.max_steps > _MOST_STEPS:
+            raise ExportError(
+                f"{layer.name} is {layer.max_steps:.0f} quantization steps from the simulation "
+                f"({layer.equal:.2%} of its codes are equal): this CPU's integer kernels saturate "
+                "where they add products of 8 bits. Tune with reduce_range=True on the inputs"
+            )
+
+
+def latencies(
+    traced: Traced, quantized: Run, reference: Run, batches: Iterable[int]
+) -> tuple[Latency, ...]:
+    """Time two artifacts of one model in turns, at each batch size."""
+    found = []
+    for batch in batches:
+        inputs = traced.example.with_batch(batch).tensors
+        calls = {"float": partial(reference, inputs), "quantized": partial(quantized, inputs)}
+        times = interleaved(calls)
+        mine = times["quantized"]
+        spread = mine.lower_ms, mine.upper_ms
+        found.append(Latency(batch, times["float"].median_ms, mine.median_ms, spread))
+    return tuple(found)
+
+
+def _in_float(
+    optimized: onnx.GraphProto, request: ExportRequest, graph: QdqGraph
+) -> Iterator[LeftFloat]:
+    """Yield the ops that ONNX Runtime computes in float: weights that it dequantizes."""
+    makers = {name: node for node in optimized.node for name in node.output}
+    stems = {f"{stem}_scale": ops for stem, ops in graph.weights.items()}
+    for node in optimized.node:
+        if node.op_type not in _PRODUCTS:
+            continue
+        sources = [makers[name] for name in node.input[:2] if name in makers]
+        dequantized = [s for s in sources if s.op_type == "DequantizeLinear"]
+        if not dequantized:
+            continue
+        ops = next((stems[s.input[1]] for s in dequantized if s.input[1] in stems), (node.name,))
+        yield LeftFloat(", ".join(ops), _why_float(request, ops[0]))
+
+
+def _why_float(request: ExportRequest, op: str) -> str:
+    config = request.plan.get(op)
+    if config is not None and config.inputs is None:
+        return "only its weight is quantized: ONNX Runtime computes such an op in float"
+    if op in request.ops and request.ops[op].type.startswith("Conv"):
+        return "what it gives goes on in float: ONNX Runtime has integer kernels between quantizers"
+    return "ONNX Runtime has no integer kernel for it as it stands"

@@ -1,0 +1,112 @@
+"""Writes a graph as an ONNX file: opset by need, names kept, INT4 packed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import onnx_ir as ir
+import torch
+from torch import fx
+from torch.export import Dim, export
+
+from tuner.errors import ExportError
+from tuner.exporters.onnx_ops import BLOCKS_FROM, translations
+from tuner.exporters.onnx_weights import FOUR_BITS
+from tuner.exporters.tracing import Traced
+
+_BASE_OPSET = 20
+_EXTERNAL_BYTES = 2_000_000_000
+_NEW_TYPES = (torch.int16, torch.uint16)
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxModel:
+    """An ONNX model in memory."""
+
+    model: ir.Model
+
+    def to_bytes(self) -> bytes:
+        """Return the file's contents."""
+        contents: bytes = ir.to_proto(self.model).SerializeToString()
+        return contents
+
+    def save(self, path: Path) -> tuple[Path, ...]:
+        """Write the file, with its constants beside it where they exceed 2 GB; return the files.
+
+        Raises ExportError where that cannot be done.
+        """
+        values = self.model.graph.initializers.values()
+        size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
+        data = f"{path.name}.data" if size > _EXTERNAL_BYTES else None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ir.save(self.model, path, external_data=data)
+        except OSError as error:
+            raise ExportError(
+                f"cannot write {str(path)!r}: {error.strerror or error}. Choose a path that can be "
+                "written, with room left on the disk"
+            ) from error
+        return (path,) if data is None else (path, path.parent / data)
+
+
+def to_onnx(graph: fx.GraphModule, traced: Traced) -> OnnxModel:
+    """Return a graph over the inputs and outputs of a traced model as ONNX."""
+    example = traced.example
+    firsts = {t.shape[0] if t.dim() else None for t in example.tensors}
+    tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
+    shapes = tuple(dict.fromkeys(traced.dynamic.get(n, {}), Dim.AUTO) for n in example.names)
+    opset = BLOCKS_FROM if _needs_new_types(graph) else _BASE_OPSET
+    with torch.no_grad():
+        program = export(graph, tensors, dynamic_shapes=shapes, strict=False)
+        try:
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=list(example.names),
+                output_names=list(traced.outputs),
+                opset_version=opset,
+                custom_translation_table=translations(opset),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"torch.onnx.export cannot write this model: {error}") from error
+    assert written is not None
+    model = written.model
+    _pack_four_bits(model)
+    _name_axes(model, traced.dynamic)
+    return OnnxModel(model)
+
+
+def _needs_new_types(graph: fx.GraphModule) -> bool:
+    """Whether the graph has INT4, 16-bit codes or blocks, which opset 21 brings."""
+    buffers = dict(graph.named_buffers())
+    narrow = any(name.endswith(FOUR_BITS) for name in buffers)
+    wide = any(buffer.dtype in _NEW_TYPES for buffer in buffers.values())
+    return narrow or wide
+
+
+def _pack_four_bits(model: ir.Model) -> None:
+    for name, value in list(model.graph.initializers.items()):
+        if name.endswith(FOUR_BITS):
+            assert value.const_value is not None
+            codes = value.const_value.numpy().astype(ml_dtypes.int4)
+            value.const_value = ir.Tensor(codes, dtype=ir.DataType.INT4, name=name)
+            value.dtype = ir.DataType.INT4
+
+
+def _name_axes(model: ir.Model, dynamic: Mapping[str, Mapping[int, str]]) -> None:
+    """Give free axes of the inputs their names, in inputs and outputs alike."""
+    renamed: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, name in dynamic.get(str(value.name), {}).items():
+            length = None if value.shape is None else value.shape[axis]
+            if isinstance(length, ir.SymbolicDim):
+                renamed.setdefault(str(length.value), name)
+    values: list[Any] = [*model.graph.inputs, *model.graph.outputs]
+    for value in values:
+        if value.shape is not None:
+            for axis, length in enumerate(value.shape):
+                if isinstance(length, ir.SymbolicDim) and str(length.value) in renamed:
+                    value.shape[axis] = ir.SymbolicDim(renamed[str(length.value)])

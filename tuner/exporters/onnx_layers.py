@@ -1,0 +1,72 @@
+"""Compares each quantized tensor of an ONNX model with the simulation, alone.
+
+Every QuantizeLinear becomes an output, and what followed it reads the simulated codes instead: an
+input. So a runtime's kernels compute between two quantized tensors as they do in the whole model,
+and no difference grows from layer to layer.
+"""
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from tuner.exporters.onnx_file import OnnxModel
+from tuner.exporters.onnx_graph import Pair
+from tuner.exporters.report import LayerAgreement
+from tuner.exporters.tracing import Traced
+
+Runner = Callable[[bytes], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
+"""Loads a model and returns what runs it."""
+
+
+@torch.no_grad()
+def layer_agreement(
+    model: OnnxModel, pairs: Sequence[Pair], traced: Traced, load: Runner
+) -> tuple[LayerAgreement, ...]:
+    """Return how far every integer tensor is from the simulation, in order of execution."""
+    forced, kept = _forced(model.model, pairs)
+    simulation = traced.simulation()
+    simulation.run(*traced.example.tensors)
+    codes = [_codes(simulation.reached[pair.marker], pair) for pair in kept]
+    run = load(ir.to_proto(forced).SerializeToString())
+    found = run([*traced.example.tensors, *codes])[len(traced.outputs) :]
+    return tuple(
+        _compared(pair, expected, actual)
+        for pair, expected, actual in zip(kept, codes, found, strict=True)
+    )
+
+
+def _forced(model: ir.Model, pairs: Sequence[Pair]) -> tuple[ir.Model, list[Pair]]:
+    """Return the model cut at every QuantizeLinear of integers, and their pairs in order."""
+    model = ir.from_proto(ir.to_proto(model))
+    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    assert len(nodes) == len(pairs)
+    kept = []
+    for node, pair in zip(nodes, pairs, strict=True):
+        if pair.spelling.zero_point.dtype.is_floating_point:
+            continue
+        made = node.outputs[0]
+        given = ir.Value(name=f"{pair.name}_given", type=made.type, shape=made.shape)
+        made.replace_all_uses_with(given)
+        model.graph.inputs.append(given)
+        model.graph.outputs.append(made)
+        kept.append(pair)
+    return model, kept
+
+
+def _codes(x: Tensor, pair: Pair) -> Tensor:
+    """Return the codes of a tensor as QuantizeLinear gives them."""
+    spelling = pair.spelling
+    info = torch.iinfo(spelling.zero_point.dtype)
+    low, high = (info.min, info.max) if spelling.codes is None else spelling.codes
+    codes = torch.round(x.float() / spelling.scale) + int(spelling.zero_point)
+    return codes.clamp(low, high).to(spelling.zero_point.dtype)
+
+
+def _compared(pair: Pair, expected: Tensor, found: Tensor) -> LayerAgreement:
+    low, high = pair.spelling.codes or (-(2**31), 2**31 - 1)
+    steps = (found.to(torch.int32).clamp(low, high) - expected.to(torch.int32)).abs()
+    if not steps.numel():
+        return LayerAgreement(pair.name, 0.0, 1.0)
+    return LayerAgreement(pair.name, float(steps.max()), (steps == 0).double().mean().item())

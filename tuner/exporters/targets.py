@@ -1,0 +1,48 @@
+"""The table of deployment targets, by name; their packages are imported when one is asked for."""
+
+import importlib
+from dataclasses import dataclass
+
+from tuner.errors import ExportError, UnknownNameError
+from tuner.exporters.base import Exporter
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where a target's exporter is, and which extra of the package installs what it needs."""
+
+    module: str
+    name: str
+    extra: str | None = None
+
+
+_TARGETS = {
+    "onnx": _Row("tuner.exporters.onnx_exporter", "OnnxExporter", "onnx"),
+    "onnxruntime": _Row("tuner.exporters.onnx_exporter", "OnnxRuntimeExporter", "onnx"),
+}
+
+
+def targets() -> tuple[str, ...]:
+    """Return the names of all targets."""
+    return tuple(_TARGETS)
+
+
+def exporter(target: str) -> Exporter:
+    """Return the exporter of a target.
+
+    Raises UnknownNameError for a name that is none, ExportError where a package is missing.
+    """
+    row = _TARGETS.get(target)
+    if row is None:
+        raise UnknownNameError("target", target, _TARGETS)
+    try:
+        module = importlib.import_module(row.module)
+    except ModuleNotFoundError as error:
+        if row.extra is None or (error.name or "").startswith("tuner"):
+            raise
+        raise ExportError(
+            f"target {target!r} needs the package {error.name!r}: pip install "
+            f"'accutune[{row.extra}]'"
+        ) from error
+    found: Exporter = getattr(module, row.name)()
+    return found
