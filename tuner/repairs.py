@@ -27,7 +27,7 @@ TRAININGS = (QAT, LSQ)
 SUPPORTED = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, BN_REESTIMATION)
 """What needs no training."""
 
-PROPOSED = (*FACTORS, GPTQ, BIAS_CORRECTION)
+PROPOSED = (*SCALINGS, GPTQ, BIAS_CORRECTION)
 """What a preset's options get by themselves where it is predicted to help; see SearchSpace."""
 
 REPAIRS = (*SCALINGS, *ROUNDINGS, BIAS_CORRECTION, BN_REESTIMATION, *TRAININGS)

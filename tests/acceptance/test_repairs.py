@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from tuner import AccuracyGoal, QuantizedModel, SearchSpace, TuningConfig, quantization, recipes
 from tuner.recipes import Task
+from tuner.repairs import BIAS_ABSORPTION, PROPOSED
 
 _SEED = 0
 _LARGEST, _SPREAD = 300.0, 12.0
+_HEIGHT = 300.0  # in standard deviations of a channel
 _FP32_TOLERANCE = 1e-4  # of the largest output
 
 
@@ -66,6 +68,43 @@ def test_a_transformer_with_outlier_channels_is_int8_in_every_op() -> None:
     inputs = [c.inputs[0] for c in result.best.plan.values() if c.weight is not None]
     assert all(s.format == "uint8" and s.granularity.kind == "per_tensor" for s in inputs)
     assert tuned(task, 0.01, repairs=()).result.quantized_ops < len(result.best.plan)
+
+
+@pytest.fixture(scope="module")
+def raised() -> Task:
+    """The transformer, with channels of its norms moved far from 0 without a change of function."""
+    task = copy.deepcopy(recipes.get("digits-vit-outliers").task())
+    generator = torch.Generator().manual_seed(_SEED)
+    for block in task.model.blocks:
+        for norm, linear in ((block.norm1, block.attention.qkv), (block.norm2, block.fc1)):
+            width = norm.weight.numel()
+            channels = torch.randperm(width, generator=generator)[: width // 8]
+            signs = torch.randint(0, 2, (width // 8,), generator=generator) * 2 - 1
+            _raise(norm, linear, channels, _HEIGHT * signs * norm.weight[channels].abs())
+    return task
+
+
+@torch.no_grad()
+def _raise(norm: nn.LayerNorm, linear: nn.Linear, channels: Tensor, offsets: Tensor) -> None:
+    """Add to channels of a norm, and take from the bias of the next layer what it makes of that."""
+    norm.bias[channels] += offsets
+    linear.bias -= linear.weight[:, channels] @ offsets
+
+
+def test_a_transformer_with_channels_far_from_zero_is_int8_in_every_op(raised: Task) -> None:
+    others = tuple(name for name in PROPOSED if name != BIAS_ABSORPTION)
+    absorbed, without = (tuned(raised, 0.01, (*others, *more)) for more in ((BIAS_ABSORPTION,), ()))
+    result = absorbed.result
+    assert result.goal_met
+    assert result.quantized_ops == len(result.best.plan)
+    assert result.evaluations == 1 + 1  # uniform int8 does it
+    assert sum(BIAS_ABSORPTION in config.recovery for config in result.best.plan.values()) >= 8
+    assert without.result.quantized_ops < len(result.best.plan)  # absorption does it
+    batch = next(iter(raised.calib_dataloader))
+    expected = raised.model(batch)
+    absorbed._parts.model.apply({})
+    difference = (absorbed.model(batch) - expected).abs().max() / expected.abs().max()
+    assert difference <= _FP32_TOLERANCE
 
 
 def test_the_function_stays_and_without_repairs_there_is_no_trace(rescaled: Task) -> None:

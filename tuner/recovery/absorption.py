@@ -4,9 +4,9 @@ W₂ h + b₂ = W₂ (h − c) + (b₂ + W₂ c), and h − c costs nothing wher
 from its own bias. Without a function between them that is exact for every c: half-way between the
 extremes, the range of a channel becomes symmetric (Wei et al., EMNLP 2023, section 4.1). Through a
 ReLU it is exact where the values are at least c: relu(y − c) = relu(y) − c for y ≥ c ≥ 0. Nagel et
-al., ICCV 2019, section 4.1.3, estimate such a c as β − 3γ from the batch norm; here it is the
-smallest value that calibration saw, so that no calibration sample is changed. A value below it,
-in data that were not seen, counts as c.
+al., ICCV 2019, section 4.1.3, estimate such a c as β − 3γ from the batch norm. Here it lies below
+all that calibration saw of the channel, by a quarter of its range: no calibration sample is
+changed, and few others are. A value below c, in data that were not seen, counts as c.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,7 +19,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from tuner.recovery.layers import on_input_channels
 
 Offset = Literal["none", "minimum", "any"]
-"""What may be taken from the channels between two layers: nothing, up to the minimum, anything."""
+"""What may be taken from channels between two layers: nothing, less than all values, anything."""
+
+_MARGIN = 0.25
+"""Of a channel's range. On a digits MLP with high biases, calibrated on 64 (256) samples, values of
+0.96 % (0.23 %) were below the smallest ones seen, and of 0.008 % (0 %) below that by this much; the
+error of 4 to 8 bits stayed the same."""
 
 _RECTIFIERS = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_"})
 _AVERAGES = frozenset(
@@ -58,7 +63,8 @@ def shifts_between(offset: Offset, low: Tensor, high: Tensor) -> Tensor | None:
     """Return what is taken from channels with these extremes `[channels]`, None for nothing."""
     if offset == "none":
         return None
-    shifts = (low + high) / 2 if offset == "any" else low.clamp_min(0)
+    below = low - _MARGIN * (high - low)
+    shifts = (low + high) / 2 if offset == "any" else below.clamp_min(0)
     shifts = shifts.nan_to_num(0.0, 0.0, 0.0)
     return shifts if bool(shifts.any()) else None
 
