@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tuner.batches import Feeder
 from tuner.errors import ExportError
 from tuner.sites import own_class
-from tuner.tensors import named_tensors_in
+from tuner.tensors import map_tensors, named_tensors_in
 
 Axes = Mapping[str, Mapping[int, str] | Iterable[int]]
 """Input name → its axes whose length may change, with or without names for them."""
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The args and kwargs of a call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,24 +28,23 @@ class Example:
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
-    _leaves: tuple[Any, ...]
-    _spec: pytree.TreeSpec
+    _call: Call
 
     @classmethod
     def of_call(
         cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> "Example":
         """Take a call apart; raises ExportError where it has no tensors."""
-        values, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
         positional = _parameter_names(model)
         found = [
-            (_name(path, positional), value) for path, value in values if isinstance(value, Tensor)
+            *_named("", dict(zip(_filled(positional, len(args)), args, strict=True))),
+            *_named("", kwargs),
         ]
         if not found:
             raise ExportError("the example has no tensor: give the inputs of one call of the model")
         names, tensors = zip(*found, strict=True)
-        leaves = tuple(value for _, value in values)
-        return cls(_unique(names), tuple(t.detach().clone() for t in tensors), leaves, spec)
+        kept = tuple(t.detach().clone() for t in tensors)
+        return cls(_unique(names), kept, (tuple(args), dict(kwargs)))
 
     @classmethod
     def of_batch(
@@ -58,14 +60,13 @@ class Example:
     def call(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs of the call with these tensors in the place of its own."""
         given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        return args, kwargs
+        call: Call = map_tensors(lambda _: next(given), self._call)
+        return call
 
     def with_batch(self, size: int) -> "Example":
         """Return the example with the first axis of every tensor that has one cut or repeated."""
         tensors = tuple(_resized(t, size) for t in self.tensors)
-        return Example(self.names, tensors, self._leaves, self._spec)
+        return Example(self.names, tensors, self._call)
 
     def dynamic_axes(self, given: Axes | None = None) -> dict[str, dict[int, str]]:
         """Return the axes of each input whose length may change, with their names.
@@ -96,10 +97,6 @@ class Example:
             if not 0 <= axis < count:
                 raise ExportError(f"dynamic_axes: {name} has {count} axes, and no axis {axis}")
         return named
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""The args and kwargs of a call."""
 
 
 @contextmanager
@@ -148,15 +145,18 @@ def _parameter_names(model: nn.Module) -> list[str]:
     return names if forward else names[1:]
 
 
-def _name(path: tuple[Any, ...], positional: list[str]) -> str:
-    """Return the name of the leaf at a path into (args, kwargs)."""
-    keys = [
-        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
-    ]
-    if keys[0] == "0":
-        index = int(keys[1])
-        keys[1] = positional[index] if index < len(positional) else f"input_{index}"
-    return "_".join(keys[1:])
+def _filled(names: list[str], count: int) -> list[str]:
+    return [names[i] if i < len(names) else f"input_{i}" for i in range(count)]
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for the tensors that `map_tensors` reaches, in its order."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, child in items:
+            yield from _named(f"{name}_{key}" if name else str(key), child)
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -5,7 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from tuner.errors import UnsupportedError
+from tuner.evaluation import EvalFunc
+from tuner.example import Axes
+from tuner.exporters.exporting import example_of, export_model
+from tuner.exporters.report import ExportReport
 from tuner.op_table import op_table_text
 from tuner.plan import Plan
 from tuner.results import TuningResult
@@ -48,11 +51,47 @@ class QuantizedModel(nn.Module):
         """
         return save_parts(self._parts, directory)
 
-    def export(self, path: str | Path, target: str = "onnx", **options: Any) -> Any:
-        """Refuse: exporters come with a later version."""
-        raise UnsupportedError(
-            f"export to {target!r} is not supported by this version: save() keeps the model, and "
-            "quantization.load() brings it back for export later"
+    def export(
+        self,
+        path: str | Path,
+        target: str = "onnx",
+        example_inputs: Any = None,
+        dynamic_axes: Axes | None = None,
+        *,
+        eval_func: EvalFunc | None = None,
+        batches: tuple[int, ...] = (1, 8),
+    ) -> ExportReport:
+        """Write the model for a runtime, check it against the simulation, and time it beside FP32.
+
+        Args:
+            path: the file or folder to write.
+            target: one of `tuner.exporters.targets.targets()`: onnx, onnxruntime, openvino, torch,
+                integer, calibration.
+            example_inputs: one batch as the calibration data have it; None takes the first batch
+                that fit() read. A loaded model needs one.
+            dynamic_axes: input name → its axes whose length may change, named or not. Without it
+                the batch, and the length of sequences of tokens.
+            eval_func: is called with a model of the user's class that runs the artifact; what it
+                returns is the report's `metric`.
+            batches: batch sizes to time, () for none.
+
+        Raises:
+            UnknownNameError: no such target.
+            ExportError: a missing package, a path that cannot be written, a model or plan that the
+                target cannot express, or an artifact that does not agree with the simulation.
+        """
+        model, known = self._parts.model, self._parts.example
+        example = known if example_inputs is None else example_of(model, example_inputs)
+        return export_model(
+            model=model,
+            plan=self.plan,
+            path=path,
+            target=target,
+            example=example,
+            dynamic_axes=dynamic_axes,
+            batches=batches,
+            eval_func=eval_func,
+            metric=self.result.goal.metric,
         )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -556,12 +556,6 @@ def test_refused_clearly(net: nn.Module, options: dict[str, Any], says: str) -> 
         fit(net, **options)
 
 
-def test_export_is_refused(net: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(TunerError, match="export"):
-        fit(net).export(tmp_path / "model.onnx")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_quiet_unless_asked(net: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
     fit(net, progress=False)
     fit(net)
