@@ -63,6 +63,18 @@ FORBIDDEN = {
     "tuner.report": ("tuner.session", "tuner.quantization"),
     "server.routes": ("torch",),
     "server.dashboard": ("torch",),
+    **{
+        f"tuner.exporters.integer_{part}": ("torch", "tuner.exporters.tracing")
+        for part in (
+            "convolutions",
+            "functions",
+            "layers",
+            "products",
+            "runner",
+            "shapes",
+            "values",
+        )
+    },
 }
 
 # file → why it is not split

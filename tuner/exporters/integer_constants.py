@@ -1,0 +1,89 @@
+"""Constants of a graph: what follows from parameters alone, and which of them are weights."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, export
+
+from tuner.exporters.integer_values import Array
+from tuner.exporters.tracing import Traced, TracedWeight, is_marker
+
+Constants = dict[fx.Node, Tensor]
+
+
+def functional(traced: Traced) -> fx.GraphModule:
+    """Return the traced graph without ops that work in place."""
+    example = traced.example
+    firsts = {t.shape[0] if t.dim() else None for t in example.tensors}
+    # an axis of length 1 would be taken for a constant
+    tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
+    shapes = tuple(dict.fromkeys(traced.dynamic.get(name, {}), Dim.AUTO) for name in example.names)
+    with torch.no_grad():
+        program = export(traced.module, tensors, dynamic_shapes=shapes, strict=False)
+        graph = program.run_decompositions({}).module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    return graph
+
+
+def constants_of(graph: fx.GraphModule) -> Constants:
+    """Return the tensors of the graph's attributes, and of what is computed from them alone."""
+    found: Constants = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            value = attribute(graph, str(node.target))
+            if isinstance(value, Tensor):
+                found[node] = value.detach()
+        elif _follows(node, found):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
+            with torch.no_grad():
+                value = node.target(*args, **kwargs)
+            if isinstance(value, Tensor):
+                found[node] = value
+    return found
+
+
+def _follows(node: fx.Node, found: Constants) -> bool:
+    sources = node.all_input_nodes
+    return (
+        node.op == "call_function"
+        and bool(sources)
+        and not is_marker(node)
+        and all(source in found for source in sources)
+    )
+
+
+def attribute(graph: fx.GraphModule, target: str) -> Any:
+    """Return what a get_attr node stands for."""
+    value: Any = graph
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def weights_of(traced: Traced, constants: Constants) -> dict[fx.Node, TracedWeight]:
+    """Return the nodes of the functional graph that are quantized weights."""
+    places = {}
+    nodes = {node.name: node for node in traced.module.graph.nodes}
+    for weight in traced.weights:
+        for name in weight.nodes[:1]:
+            source = nodes[name]
+            rows = slice(None)
+            if source.op != "get_attr":
+                source = source.all_input_nodes[0]
+                rows = slice(*weight.ref.rows or (None,))
+            value = attribute(traced.module, str(source.target))[rows]
+            places[_place(value)] = weight
+    return {n: places[_place(t)] for n, t in constants.items() if _place(t) in places}
+
+
+def _place(value: Tensor) -> tuple[object, ...]:
+    return value.data_ptr(), tuple(value.shape), value.stride()
+
+
+def as_array(value: Tensor) -> Array:
+    """Return a tensor as numpy has it; fp16 and bf16 become fp32."""
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    return np.ascontiguousarray(value.detach().cpu().numpy())
