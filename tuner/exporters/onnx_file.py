@@ -1,6 +1,9 @@
 """Writes a graph as an ONNX file: opset by need, names kept, INT4 packed."""
 
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,11 @@ import ml_dtypes
 import onnx_ir as ir
 import torch
 from torch import fx
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 
 from tuner.errors import ExportError
 from tuner.exporters.onnx_ops import BLOCKS_FROM, translations
-from tuner.exporters.onnx_weights import FOUR_BITS
+from tuner.exporters.onnx_weights import FOUR_BITS, dequantized
 from tuner.exporters.tracing import Traced
 
 _BASE_OPSET = 20
@@ -60,11 +63,20 @@ def to_onnx(graph: fx.GraphModule, traced: Traced) -> OnnxModel:
     opset = BLOCKS_FROM if _needs_new_types(graph) else _BASE_OPSET
     with torch.no_grad():
         program = export(graph, tensors, dynamic_shapes=shapes, strict=False)
+        written = _written(program, traced, opset)
+    model = written.model
+    _pack_four_bits(model)
+    _name_axes(model, traced.dynamic)
+    return OnnxModel(model)
+
+
+def _written(program: ExportedProgram, traced: Traced, opset: int) -> torch.onnx.ONNXProgram:
+    with _silent():
         try:
             written = torch.onnx.export(
                 program,
                 dynamo=True,
-                input_names=list(example.names),
+                input_names=list(traced.example.names),
                 output_names=list(traced.outputs),
                 opset_version=opset,
                 custom_translation_table=translations(opset),
@@ -73,10 +85,22 @@ def to_onnx(graph: fx.GraphModule, traced: Traced) -> OnnxModel:
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(f"torch.onnx.export cannot write this model: {error}") from error
     assert written is not None
-    model = written.model
-    _pack_four_bits(model)
-    _name_axes(model, traced.dynamic)
-    return OnnxModel(model)
+    return written
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep to itself what torch.onnx says of torch's own deprecations, and of packages it lacks."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _needs_new_types(graph: fx.GraphModule) -> bool:
@@ -84,7 +108,12 @@ def _needs_new_types(graph: fx.GraphModule) -> bool:
     buffers = dict(graph.named_buffers())
     narrow = any(name.endswith(FOUR_BITS) for name in buffers)
     wide = any(buffer.dtype in _NEW_TYPES for buffer in buffers.values())
-    return narrow or wide
+    return narrow or wide or _has_blocks(graph)
+
+
+def _has_blocks(graph: fx.GraphModule) -> bool:
+    calls = (node.args for node in graph.graph.nodes if node.target is dequantized)
+    return any(block for _, _, _, _, block, _ in calls)
 
 
 def _pack_four_bits(model: ir.Model) -> None:

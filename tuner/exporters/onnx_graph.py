@@ -5,7 +5,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -26,10 +26,8 @@ from tuner.exporters.onnx_weights import (
     WeightCodes,
     codes_of,
     dequantized,
-    has_block_spelling,
     looked_up,
     packed_rows,
-    spelled_out,
     why_not_stored,
 )
 from tuner.exporters.report import LeftFloat
@@ -67,7 +65,7 @@ class QdqGraph:
 
 def float_graph(traced: Traced) -> fx.GraphModule:
     """Return the graph without its quantizers: FP32, with the weights as they are simulated."""
-    module = copy.deepcopy(traced.module)
+    module = _copied(traced.module)
     for node in list(module.graph.nodes):
         if is_marker(node):
             node.replace_all_uses_with(node.args[0])
@@ -82,13 +80,24 @@ def qdq_graph(traced: Traced) -> QdqGraph:
     Raises ExportError for activations that ONNX cannot quantize as the plan says.
     """
     _refuse(traced)
-    rewriting = _Rewriting(copy.deepcopy(traced.module))
+    rewriting = _Rewriting(_copied(traced.module))
     rewriting.spell_activations(traced)
     left = [found for weight in traced.weights if (found := rewriting.spell_weight(weight))]
     rewriting.module.graph.eliminate_dead_code()
     rewriting.module.recompile()
     _drop_unused(rewriting.module)
     return QdqGraph(rewriting.module, rewriting.pairs(), rewriting.weights, tuple(left))
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a module with a graph of its own over the same constants."""
+    graph = fx.Graph()
+    found = graph.graph_copy(module.graph, {}, return_output_node=True)
+    assert isinstance(found, tuple)
+    values, output = found
+    graph.output(values).meta = copy.copy(output.meta)
+    graph.set_codegen(copy.copy(module.graph._codegen))
+    return fx.GraphModule(module, graph)
 
 
 def _refuse(traced: Traced) -> None:
@@ -133,7 +142,9 @@ class _Rewriting:
                     self._pairs[known[identity]] = Pair(name, marker.name, spelling)
                 new = known[identity]
             else:
-                new = self._call(node, partial(arithmetic, quantizer=quantizer), source)
+                # a graph can only call what has a name
+                spelled = update_wrapper(partial(arithmetic, quantizer=quantizer), arithmetic)
+                new = self._call(node, spelled, source)
             node.replace_all_uses_with(new)
             self.module.graph.erase_node(node)
 
@@ -171,16 +182,7 @@ class _Rewriting:
 
     def _spell_linear(self, codes: WeightCodes, users: list[fx.Node], stem: str) -> None:
         """Write x Wᵀ + b as a product with codes `[in, out]`, which runtimes fuse."""
-        turned = WeightCodes(
-            codes=codes.codes.t().contiguous(),
-            scale=codes.scale.t().contiguous() if codes.scale.dim() == 2 else codes.scale,
-            zero_point=codes.zero_point.t().contiguous()
-            if codes.zero_point.dim() == 2
-            else codes.zero_point,
-            axis=1 - codes.axis,
-            group=codes.group,
-            bits=codes.bits,
-        )
+        turned = codes.transposed()
         values = self._values(users[0], turned, stem)
         for user in users:
             x, _, *bias = user.args
@@ -214,17 +216,16 @@ class _Rewriting:
                 self._constant(f"{name}_scale", steps.float()),
                 self._constant(f"{name}_zero_point", torch.zeros_like(codes, dtype=torch.int32)),
             ]
-        return self._call(user, dequantized, *constants, 0, 0)
+        return self._call(user, dequantized, *constants, 0, 0, len(codes))
 
     def _spell_embedding(
         self, codes: WeightCodes, users: list[fx.Node], stem: str, name: str
     ) -> LeftFloat | None:
-        width = codes.codes.shape[1]
         by_row = codes.axis == 0 and not codes.group
-        by_group = codes.axis == 1 and codes.group and width % codes.group == 0
-        if not (by_row or by_group or codes.scale.dim() < 2):
-            return LeftFloat(name, "an embedding has scales by row, or by groups that fill a row")
-        packs = codes.bits == 4 and width % 2 == 0
+        if codes.group and codes.axis == 0:
+            return LeftFloat(name, "rows of an embedding cannot be looked up in groups of rows")
+        width = codes.length if codes.group else codes.codes.shape[1]
+        packs = codes.bits == 4 and codes.codes.shape[1] % 2 == 0
         table = packed_rows(codes.codes) if packs else codes.codes
         scale, zero = codes.scale, codes.zero_point
         if by_row and scale.dim() == 1:
@@ -235,7 +236,7 @@ class _Rewriting:
                     self._constant(f"{stem}_{part}", tensor)
                     for part, tensor in (("codes", table), ("scale", scale), ("zero_point", zero))
                 ]
-            new = self._call(user, looked_up, user.args[1], *constants, codes.group)
+            new = self._call(user, looked_up, user.args[1], *constants, codes.group, width)
             user.replace_all_uses_with(new)
             self.module.graph.erase_node(user)
         return None
@@ -247,16 +248,14 @@ class _Rewriting:
 
     def _values(self, before: fx.Node, codes: WeightCodes, stem: str) -> fx.Node:
         """Return a node before another that yields the floats of codes."""
-        blocked = has_block_spelling(codes)
-        ending = FOUR_BITS if codes.bits == 4 and blocked else ""
+        ending = FOUR_BITS if codes.bits == 4 else ""
         with self.module.graph.inserting_before(before):
             constants = [
                 self._constant(f"{stem}{ending or '_codes'}", codes.codes),
                 self._constant(f"{stem}_scale", codes.scale),
                 self._constant(f"{stem}_zero_point{ending}", codes.zero_point),
             ]
-        function: Callable[..., Tensor] = dequantized if blocked else spelled_out
-        return self._call(before, function, *constants, codes.axis, codes.group)
+        return self._call(before, dequantized, *constants, codes.axis, codes.group, codes.length)
 
     def _call(self, before: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
         with self.module.graph.inserting_before(before):

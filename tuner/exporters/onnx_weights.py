@@ -1,6 +1,7 @@
 """How ONNX spells a quantized weight: codes as a small constant, and what makes floats of them."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from tuner.packed_tensor import stored_qparams
 from tuner.packing import unpack_codes
 from tuner.schemes import TensorScheme
 
+_LEAST_GROUP = 16
+"""The shortest groups that are worth a split: below, rows are padded instead."""
+
 FOUR_BITS = "_codes4"
 """The end of the names of constants whose int8 codes are written as INT4."""
 
@@ -22,8 +26,9 @@ FOUR_BITS = "_codes4"
 class WeightCodes:
     """Codes in the shape of the weight (int8, int16 or an FP8 type), scales and zero points.
 
-    `axis` is that of the scales, `group` how many codes share one along it (0: all of the other
-    axes); `bits` is what a code takes.
+    `axis` is that of the scales, `group` how many codes share one along it (0: each has its own,
+    which it shares with the other axes). Groups fill the axis: its first `length` codes are the
+    weight's, the others are padding. `bits` is what a code takes.
     """
 
     codes: Tensor
@@ -31,7 +36,16 @@ class WeightCodes:
     zero_point: Tensor
     axis: int
     group: int
+    length: int
     bits: int
+
+    def transposed(self) -> "WeightCodes":
+        """Return the codes of the transposed matrix."""
+        codes, scale, zero_point = (
+            t.t().contiguous() if t.dim() == 2 else t
+            for t in (self.codes, self.scale, self.zero_point)
+        )
+        return replace(self, codes=codes, scale=scale, zero_point=zero_point, axis=1 - self.axis)
 
 
 def why_not_stored(scheme: TensorScheme) -> str | None:
@@ -66,30 +80,51 @@ def codes_of(weight: TracedWeight) -> WeightCodes:
     reach = scheme.granularity
     axis = 0 if isinstance(reach, PerTensor) else reach.axis % len(shape)  # type: ignore[union-attr]
     group = reach.size if isinstance(reach, PerGroup) else 0
-    return WeightCodes(codes, scale, zero, axis, group, _width(fmt.bits))
+    found = WeightCodes(codes, scale, zero, axis, group, shape[axis], _width(fmt.bits))
+    return _filled(found) if group else found
+
+
+def _filled(found: WeightCodes) -> WeightCodes:
+    """Let groups fill their axis: runtimes read no others."""
+    axis, length, group = found.axis, found.length, min(found.group, found.length)
+    if group == length and found.codes.dim() == 2:  # a scale for each row or column
+        scale, zero = found.scale.reshape(-1), found.zero_point.reshape(-1)
+        return replace(
+            found,
+            scale=scale,
+            zero_point=zero,
+            axis=1 - axis,
+            group=0,
+            length=found.codes.shape[1 - axis],
+        )
+    shared = math.gcd(group, length)
+    if shared == group:
+        return replace(found, group=group)
+    if shared >= _LEAST_GROUP:
+        scale, zero = (
+            t.repeat_interleave(group // shared, axis).narrow(axis, 0, length // shared)
+            for t in (found.scale, found.zero_point)
+        )
+        return replace(found, scale=scale, zero_point=zero, group=shared)
+    return replace(found, codes=_padded(found.codes, axis, -length % group), group=group)
+
+
+def _padded(codes: Tensor, axis: int, count: int) -> Tensor:
+    shape = list(codes.shape)
+    shape[axis] = count
+    return torch.cat((codes, codes.new_zeros(shape)), axis)
 
 
 def _width(bits: int) -> int:
     return 4 if bits <= 4 else 8 if bits <= 8 else 16
 
 
-def has_block_spelling(codes: WeightCodes) -> bool:
-    """Whether DequantizeLinear can say it: groups that divide their axis, or one scale a slice."""
-    return not codes.group or codes.codes.shape[codes.axis] % codes.group == 0
-
-
-def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: int) -> Tensor:
-    """Return the floats of codes by DequantizeLinear."""
+def dequantized(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: int, length: int
+) -> Tensor:
+    """Return the floats of codes by DequantizeLinear; what lies beyond `length` is padding."""
     values: Tensor = DEQUANTIZE(codes, scale, zero_point, axis, block)
-    return values
-
-
-def spelled_out(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
-    """Return the floats of codes in arithmetic, for groups that do not divide their axis."""
-    length = codes.shape[axis]
-    scale, zero = (t.repeat_interleave(group, axis) for t in (scale, zero_point))
-    scale, zero = (t.narrow(axis, 0, length) for t in (scale, zero))
-    return (codes.to(scale.dtype) - zero.to(scale.dtype)) * scale
+    return values if codes.shape[axis] == length else values.narrow(axis, 0, length)
 
 
 def packed_rows(codes: Tensor) -> Tensor:
@@ -99,12 +134,13 @@ def packed_rows(codes: Tensor) -> Tensor:
 
 
 def looked_up(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, group: int
+    indices: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, group: int, width: int
 ) -> Tensor:
     """Look up rows of an embedding table: only the rows that are asked for become floats.
 
     Codes of 4 bits come packed (uint8), others as they are. Scale and zero point are `[rows, n]`
-    where rows have their own (n = 1, or one for each group), else whatever every row shares.
+    where rows have their own (n = 1, or one for each group), else whatever every row shares. What
+    lies beyond `width` is padding.
     """
     rows = _rows(codes, indices)
     if codes.dtype == torch.uint8:
@@ -119,7 +155,8 @@ def looked_up(
         values = values.unflatten(-1, (-1, group))
         scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
     found = (values - zero_point.to(scale.dtype)) * scale
-    return found.flatten(-2) if group else found
+    found = found.flatten(-2) if group else found
+    return found if found.shape[-1] == width else found.narrow(-1, 0, width)
 
 
 def _rows(table: Tensor, indices: Tensor) -> Tensor:
