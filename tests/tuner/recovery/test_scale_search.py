@@ -358,6 +358,7 @@ def test_channels_about_zero_have_nothing_to_absorb() -> None:
     search, (chain,) = search_of(net, x, [W8A8])
     assert chain.offset == "minimum"
     assert search.best(chain, (BIAS_ABSORPTION,)) is None
+    assert search.best(chain, (EQUALIZATION, BIAS_ABSORPTION)) is None  # not half of it
     best = search.best(chain)
     assert best is not None
     assert best.shifts is None
