@@ -50,6 +50,7 @@ ORDER = (
     ("op_rules", "search_space", "rescaling"),
     ("storage_errors", "evaluation"),
     ("report", "exporters", "results", "progress", "storage"),
+    ("placement",),
     ("op_table", "predictions", "saving", "quantized_model", "preparation", "simulate"),
     ("sweep_entries", "trainable_model", "training_result", "training_progress"),
     ("session", "sweep", "trainable_preparation", "training", "plan_training"),

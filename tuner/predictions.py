@@ -54,14 +54,18 @@ def predicted(
     candidates: Mapping[str, list[Candidate]],
     sensitivities: Mapping[str, Sensitivity],
     scalings: Iterable[Scaling],
+    calibrates: bool = True,
 ) -> Predictions:
-    """Return the predictions, inputs calibrated and weights rounded to least harm."""
+    """Return the predictions, inputs calibrated and weights rounded to least harm.
+
+    Without `calibrates` the inputs keep their calibration methods.
+    """
     gains = {name: s.gain for s in scalings for name in s.chain.consumers}
     found: Options = {}
     for name, options in candidates.items():
         op, sensitivity = ops[name], sensitivities.get(name)
         if sensitivity is not None:
-            options = best_variants(op, options, sensitivity)
+            options = best_variants(op, options, sensitivity, calibrates)
         found[name] = {
             option.label: _entry(op, option.config, sensitivity, gains.get(name, 1.0))
             for option in options

@@ -14,12 +14,14 @@ from tuner.config import TuningConfig
 from tuner.costs import CostModel, Costs
 from tuner.data_pass import DataPass
 from tuner.example import Example
+from tuner.exporters.targets import exporter
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges, Watcher
 from tuner.op_table import Damages
 from tuner.operands import OUTPUT, Operands, check_operands, static_operands
 from tuner.ops import Op
+from tuner.placement import Followers, following, residual_sums, runnable
 from tuner.predictions import Predictions, predicted
 from tuner.presets import Candidate
 from tuner.progress import Progress
@@ -81,6 +83,8 @@ class Preparation:
         self._repairs = (*SUPPORTED, *TRAININGS) if trains else SUPPORTED
         self._data = DataPass(self.model, loader, forward, config.calib_samples, keep=SAMPLES)
         self._candidates: Candidates = {}
+        self._exporter = None if config.target is None else exporter(config.target)
+        self._leaders: Followers = {}
 
     def record(self) -> OpGraph:
         """Record the op graph on the first batch and look up every op's candidates."""
@@ -126,7 +130,8 @@ class Preparation:
         needless = folded_names(self.model.model, pairs)
         costs = CostModel(self.model.model, graph, needless)
         objective = self._config.objective
-        space = build_space(graph.ops, predictions.candidates, damages, costs, objective)
+        options = predictions.candidates
+        space = build_space(graph.ops, options, damages, costs, objective, self._leaders)
         return Prepared(
             model=self.model,
             graph=graph,
@@ -148,11 +153,19 @@ class Preparation:
             for name, candidates in self._candidates.items()
         }
         repairs = self._config.search_space.repairs
-        return json.dumps({"options": table, "repairs": repairs}, sort_keys=True)
+        target = {} if self._config.target is None else {"target": self._config.target}
+        return json.dumps({"options": table, "repairs": repairs, **target}, sort_keys=True)
 
     def _candidates_of(self, ops: Mapping[str, Op]) -> Candidates:
-        space = self._config.search_space
-        return candidates_of(ops, space, self._shapes(), self._repairs)
+        space, target = self._config.search_space, self._config.target
+        found = candidates_of(ops, space, self._shapes(), self._repairs)
+        if self._exporter is None or target is None:
+            return found
+        found = runnable(ops, found, self._exporter.why_not, target)
+        self._leaders = residual_sums(self._data.graph) if self._exporter.reads_sums else {}
+        self._leaders = {n: leaders for n, leaders in self._leaders.items() if n not in found}
+        found |= following(ops, list(self._leaders))
+        return {name: found[name] for name in ops if name in found}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all parameters, those that folding adds among them."""
@@ -240,7 +253,8 @@ class Preparation:
         progress.phase("predicting damage", None)
         analysis = SensitivityAnalysis(self.model, self._data.feeder, components, self._config.seed)
         found = analysis.run(self._data.kept, self._data.late, progress.advance)
-        return predicted(ops, self._candidates, found, scalings)
+        calibrates = self._exporter is None
+        return predicted(ops, self._candidates, found, scalings, calibrates)
 
 
 def _asking(candidates: Candidates) -> list[str]:

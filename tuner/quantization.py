@@ -291,7 +291,8 @@ def _unjudged(number: int, plan: Plan, costs: dict[str, float], reason: str) -> 
 
 
 def _float_plan(prepared: Prepared) -> Plan:
-    names = (name for unit in prepared.space.units for name in unit.choices[0].configs)
+    names = [name for unit in prepared.space.units for name in unit.choices[0].configs]
+    names += [follower.name for follower in prepared.space.followers]
     return Plan(dict.fromkeys(names, OpConfig.float()))
 
 
@@ -370,7 +371,6 @@ def _refuse(
             raise TunerError(f"{name} is a {type(text).__name__}: give a string")
     later = {
         "executor": executor is not None,
-        "TuningConfig(target=…)": config.target is not None,
         "TuningConfig(objective='latency')": config.objective == "latency",
         "AccuracyGoal(confidence=…)": config.goal.confidence is not None,
     }

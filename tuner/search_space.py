@@ -58,12 +58,32 @@ class TuningUnit:
 
 
 @dataclass(frozen=True)
+class Follower:
+    """An op that is quantized as soon as one of the `leaders` takes quantized inputs."""
+
+    name: str
+    config: OpConfig
+    leaders: tuple[str, ...]
+
+    def config_beside(self, chosen: Mapping[str, OpConfig]) -> OpConfig:
+        """Return the op's configuration beside what its leaders have."""
+        found = (chosen.get(name, OpConfig.float()) for name in self.leaders)
+        is_led = any(config.inputs is not None for config in found)
+        return self.config if is_led else OpConfig.float()
+
+
+@dataclass(frozen=True)
 class TuningSpace:
-    """The strategy's Space, and what its assignments mean for the model."""
+    """The strategy's Space, and what its assignments mean for the model.
+
+    `followers` are ops that nobody chooses for: each has its configuration as soon as one of the
+    ops that it follows takes quantized inputs.
+    """
 
     units: tuple[TuningUnit, ...]
     space: Space
     cost_weights: tuple[float, float]
+    followers: tuple["Follower", ...] = ()
 
     def price(self, costs: Mapping[str, float]) -> float:
         """Return what strategies minimise, for a whole model of these costs."""
@@ -75,6 +95,8 @@ class TuningSpace:
         chosen: dict[str, OpConfig] = {}
         for unit, index in zip(self.units, assignment, strict=True):
             chosen.update(unit.choices[index].configs)
+        for follower in self.followers:
+            chosen[follower.name] = follower.config_beside(chosen)
         return Plan(chosen)
 
     def assignment(self, plan: Plan) -> Assignment:
@@ -190,11 +212,15 @@ def calibration_variants(scheme: TensorScheme) -> list[TensorScheme]:
 
 
 def best_variants(
-    op: Op, candidates: Sequence[Candidate], sensitivity: Sensitivity
+    op: Op,
+    candidates: Sequence[Candidate],
+    sensitivity: Sensitivity,
+    calibrates: bool = True,
 ) -> list[Candidate]:
     """Return the candidates with inputs calibrated, and weights rounded, to least predicted harm.
 
-    What the user gave stays as it is.
+    What the user gave stays as it is, and all inputs do without `calibrates`: where all that read
+    a tensor calibrate it alike, they share one scale.
     """
     best: dict[Component, TensorScheme] = {}
 
@@ -212,7 +238,7 @@ def best_variants(
     chosen = []
     for candidate in candidates:
         inputs = candidate.config.inputs
-        if isinstance(inputs, tuple) and not candidate.given:
+        if isinstance(inputs, tuple) and calibrates and not candidate.given:
             picked = tuple(choose(i, scheme) for i, scheme in enumerate(inputs))
             config = candidate.config.model_copy(update={"inputs": picked})
             candidate = Candidate(candidate.label, config)
@@ -257,20 +283,27 @@ def build_space(
     damages: Mapping[str, Mapping[OpConfig, float]],
     costs: CostModel,
     objective: str,
+    leaders: Mapping[str, tuple[str, ...]] | None = None,
 ) -> TuningSpace:
     """Return the units, their options' cost in the objective and their predicted damage.
 
-    `damages` maps op → configuration → damage. Ops with tied weights become one unit.
+    `damages` maps op → configuration → damage. Ops with tied weights become one unit. `leaders`
+    names the ops that follow others, and those: what they harm counts with their first leader.
     """
     units, spaces = [], []
     floats = 0.0
     price = _Price(costs, objective)
-    for group in _tied(ops, candidates):
+    followers = _followers(candidates, leaders or {})
+    led = {f.leaders[0]: damages[f.name][f.config] for f in reversed(followers)}
+    free = {n: c for n, c in candidates.items() if n not in (leaders or {})}
+    for group in _tied(ops, free):
         members = [ops[name] for name in group]
         choices = _joint_choices(members, candidates)
         options = []
         for choice in choices:
             damage = sum(damages[name][config] for name, config in choice.configs.items())
+            taken = (n for n, config in choice.configs.items() if config.inputs is not None)
+            damage += sum(led.get(name, 0.0) for name in taken)
             is_float = all(config.is_float for config in choice.configs.values())
             cost = price.of(members, choice.configs)
             options.append(Option(choice.label, cost, damage, is_float))
@@ -278,7 +311,15 @@ def build_space(
         units.append(TuningUnit(group[0], tuple(choices)))
         spaces.append(Unit(group[0], _kind(members), tuple(options)))
     space = Space(tuple(spaces), price.whole - floats)
-    return TuningSpace(tuple(units), space, (price.by_bops, price.by_size))
+    weights = price.by_bops, price.by_size
+    return TuningSpace(tuple(units), space, weights, tuple(followers))
+
+
+def _followers(
+    candidates: Mapping[str, Sequence[Candidate]], leaders: Mapping[str, tuple[str, ...]]
+) -> list[Follower]:
+    quantized = {name: candidates[name][0].config for name in leaders if name in candidates}
+    return [Follower(name, config, leaders[name]) for name, config in quantized.items()]
 
 
 class _Price:

@@ -544,7 +544,7 @@ def test_another_model_is_not_resumed(net: nn.Module, tmp_path: Path) -> None:
         ({"train_func": "an epoch"}, "train_func"),
         ({"executor": object()}, "executor"),
         ({"config": TuningConfig(objective="latency")}, "latency"),
-        ({"config": TuningConfig(target="onnxruntime")}, "target"),
+        ({"config": TuningConfig(target="onyx")}, "target"),
         ({"config": TuningConfig(goal=AccuracyGoal(confidence=0.95))}, "confidence"),
         ({"config": {"space": "int8"}}, "TuningConfig"),
         ({"eval_func": 3}, "eval_func"),

@@ -29,9 +29,13 @@ class ExportRequest:
 
 
 class Exporter(ABC):
-    """One deployment target. `target` is its name."""
+    """One deployment target. `target` is its name.
+
+    `reads_sums` tells whether its integer convolutions want residual sums with quantized inputs.
+    """
 
     target: str
+    reads_sums = False
 
     @abstractmethod
     def why_not(self, op: Op, config: OpConfig) -> str | None:

@@ -95,6 +95,17 @@ class Simulation(fx.Interpreter):
         return self._quantizers[key](x)
 
 
+def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a module with a graph of its own over the same constants; nodes keep their names."""
+    graph = fx.Graph()
+    found = graph.graph_copy(module.graph, {}, return_output_node=True)
+    assert isinstance(found, tuple)
+    values, output = found
+    graph.output(values).meta = copy.copy(output.meta)
+    graph.set_codegen(copy.copy(module.graph._codegen))
+    return fx.GraphModule(module, graph)
+
+
 def is_marker(node: fx.Node) -> bool:
     """Whether a node stands for a quantizer."""
     return node.op == "call_function" and node.target is MARKER
