@@ -12,7 +12,7 @@ from torch import nn
 from tests.tuner.channels import site_qparams
 from tests.tuner.recovery.chain_nets import Net
 from tests.tuner.test_repairs_in_fit import A8, W4, agreement, fit, rule, without_plan
-from tuner import OpConfig, QuantizedModel, Rule, quantization
+from tuner import OpConfig, QuantizedModel, Rule, SearchSpace, quantization
 from tuner.errors import SpaceError
 from tuner.repairs import PROPOSED, REPAIRS, Repair, in_order, name_of
 
@@ -46,6 +46,7 @@ def shifted(model: QuantizedModel) -> dict[str, tuple[str, ...]]:
 def test_it_comes_after_the_factors_that_it_goes_with() -> None:
     given: tuple[Any, ...] = ("bias_correction", "gptq", ABSORBED, Repair(name="awq", alpha=0.5))
     assert [name_of(r) for r in in_order(given)] == ["awq", ABSORBED, "gptq", "bias_correction"]
+    assert ABSORBED in SearchSpace().repairs
     assert REPAIRS.index("awq") < REPAIRS.index(ABSORBED) < REPAIRS.index("gptq")
 
 
