@@ -1,0 +1,162 @@
+"""The `torch` target: a `.pt2` package that PyTorch runs with integer kernels on CPU."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from tuner.errors import ExportError
+from tuner.exporters.agreement import Run, agreement
+from tuner.exporters.base import Exporter, ExportRequest
+from tuner.exporters.report import ExportReport, Latency, LeftFloat
+from tuner.exporters.torch_capability import why_not_integer
+from tuner.exporters.torch_eager import load_program, save_program
+from tuner.exporters.torch_graph import integer_products, spelled_graph
+from tuner.exporters.torch_latency import latencies, one_thread
+from tuner.exporters.torch_package import (
+    compile_package,
+    exported,
+    has_compiler,
+    integer_kernels,
+    load_package,
+)
+from tuner.exporters.tracing import Traced
+from tuner.ops import Op
+from tuner.schemes import OpConfig
+
+_SUFFIX = ".pt2"
+_OTHER_BATCH = 3
+
+
+class TorchExporter(Exporter):
+    """Packages a model with AOTInductor: `torch._inductor.aoti_load_package(path)` runs it.
+
+    The file is `path` if that ends in .pt2, else `model.pt2` in the folder `path`. It takes the
+    model's tensors in order. It is compiled for the processor that it was made on. Where no C++
+    compiler is found, the file is an exported program (`torch.export.load`) instead.
+
+    Args:
+        bf16: compute products that stay float in bfloat16.
+        baselines: compile FP32 and BF16 too, to time them beside the package where `batches` are
+            asked for; this takes twice as long again as the export.
+    """
+
+    target = "torch"
+
+    def __init__(self, bf16: bool = False, baselines: bool = True) -> None:
+        self._bf16 = bf16
+        self._baselines = baselines
+
+    def why_not(self, op: Op, config: OpConfig) -> str | None:
+        """Return why the target has no low-precision kernel for an op's choice, None if it has."""
+        return why_not_integer(op, config)
+
+    def export(self, request: ExportRequest) -> ExportReport:
+        """Write the artifact, check it against the simulation, measure it.
+
+        Raises ExportError where something cannot be traced, compiled or written, or where the
+        artifact gives other outputs than the simulation.
+        """
+        traced, path = request.traced, _file(request.path)
+        graph = spelled_graph(traced, self._bf16)
+        program = exported(graph, traced)
+        is_compiled = has_compiler()
+        with one_thread():  # the compiler writes the number of threads into the code
+            (compile_package if is_compiled else save_program)(program, path)
+            run = checked((load_package if is_compiled else load_program)(path))
+            _check_batches(traced, run)
+            agreed = agreement(traced, run)
+        times: tuple[tuple[Latency, ...], tuple[str, ...]] = ((), ())
+        if request.batches:
+            compiled = self._baselines and is_compiled
+            times = latencies(traced, run, request.batches, compiled)
+        kernels = _kernels(graph, path) if is_compiled else _NO_COMPILER
+        return ExportReport(
+            target=self.target,
+            files=(path,),
+            size_bytes=path.stat().st_size,
+            float_size_bytes=_float_size(traced),
+            agreement=agreed,
+            latency=times[0],
+            left_float=tuple(self._left_float(request)),
+            metric=None if request.evaluate is None else request.evaluate(run),
+            notes=(kernels, *times[1], _order(traced)),
+        )
+
+    def _left_float(self, request: ExportRequest) -> Iterator[LeftFloat]:
+        for name, op in request.ops.items():
+            if not op.by_default or not (op.weights or op.products):
+                continue
+            reason = self.why_not(op, request.plan.get(name, OpConfig.float()))
+            if reason is not None:
+                yield LeftFloat(name, reason)
+
+
+_NO_COMPILER = (
+    "No C++ compiler was found: the file is an exported program (torch.export.load), which "
+    "computes dequantized values in FP32; tuner.exporters.torch_eager runs it with integer kernels"
+)
+
+
+def checked(run: Run) -> Run:
+    """Return what runs an artifact and makes sure that it leaves its inputs alone."""
+
+    def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        before = [tensor.clone() for tensor in inputs]
+        outputs = run(inputs)
+        for index, (old, new) in enumerate(zip(before, inputs, strict=True)):
+            if not torch.equal(old, new) and not old.isnan().any():
+                raise ExportError(f"the artifact overwrites its input {index}")
+        return outputs
+
+    return call
+
+
+def _file(path: Path) -> Path:
+    file = path if path.suffix == _SUFFIX else path / f"model{_SUFFIX}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"cannot write {file}: {error}. Choose another path") from error
+    return file
+
+
+def _check_batches(traced: Traced, run: Run) -> None:
+    """Run the artifact on another batch size than it was traced with, where the batch is free."""
+    if not any(0 in axes for axes in traced.dynamic.values()):
+        return
+    inputs = traced.example.with_batch(_OTHER_BATCH).tensors
+    expected = traced.simulate(*inputs)
+    for name, e, f in zip(traced.outputs, expected, run(inputs), strict=True):
+        if e.shape != f.shape:
+            raise ExportError(
+                f"at batch {_OTHER_BATCH} the artifact's output {name!r} has shape "
+                f"{list(f.shape)}, the model's {list(e.shape)}"
+            )
+
+
+def _float_size(traced: Traced) -> int:
+    """Return the bytes of the model's constants as they are in FP32, without generated code."""
+    graph = traced.module.graph
+    used = {node.target for node in graph.nodes if node.op == "get_attr" and node.users}
+    sizes: dict[int, int] = {}
+    for name, tensor in (*traced.module.named_parameters(), *traced.module.named_buffers()):
+        if name in used:
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
+
+
+def _kernels(graph: fx.GraphModule, path: Path) -> str:
+    expected, found = integer_products(graph), integer_kernels(path)
+    text = f"{found} integer kernels in the compiled code"
+    if found < expected:
+        text += f", of {expected} products of integers: the rest is computed in FP32"
+    return f"{text}; compiled for this processor"
+
+
+def _order(traced: Traced) -> str:
+    return (
+        f"The package takes {', '.join(traced.example.names)} and returns "
+        f"{', '.join(traced.outputs)}, in this order"
+    )

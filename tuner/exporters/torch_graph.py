@@ -1,0 +1,232 @@
+"""Rewrites a traced graph into the spelling that PyTorch's compiler makes integer kernels of."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from tuner.exporters.torch_spelling import Speller, aten, decomposed
+from tuner.exporters.torch_values import int8_weight, static_codes, why_not_per_token
+from tuner.exporters.tracing import Traced, TracedWeight, is_marker
+from tuner.quantizer import Quantizer
+
+PRODUCTS = (
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.scaled_dot_product_attention.default,
+)
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
+_TAKES_TOKENS = (aten.linear.default, aten.matmul.default)
+
+
+class Simulated(nn.Module):
+    """Fake-quantizes as the simulation does: plain arithmetic, once it is traced."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self._quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x rounded."""
+        return self._quantizer(x)
+
+
+def spelled_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
+    """Return a copy of a traced graph with quantized values in the compiler's spelling.
+
+    With `bf16`, products that are not computed with integers are computed in bfloat16.
+    """
+    module = fx.GraphModule(traced.module, copy.deepcopy(traced.module.graph))
+    by_name = {node.name: node for node in module.graph.nodes}
+    weights: set[fx.Node] = set()
+    for index, weight in enumerate(traced.weights):
+        nodes = [by_name[name] for name in weight.nodes]
+        weights.update(_spell_weight(module, f"weight_{index}", weight, nodes))
+    for node in _markers(module):
+        _spell_activation(module, node, traced.quantizers[str(node.args[1])], weights)
+    for node in list(module.graph.nodes):
+        if node.target in _CONVOLUTIONS and _is_integer(node):
+            _widen(module, node)
+    if bf16:
+        _lower_to_bf16(module)
+    return _cleaned(module)
+
+
+def float_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
+    """Return a copy of a traced graph without quantization of activations: the FP32 model.
+
+    Its weights have the values of the simulation, which takes as long.
+    """
+    module = fx.GraphModule(traced.module, copy.deepcopy(traced.module.graph))
+    for node in _markers(module):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    if bf16:
+        _lower_to_bf16(module)
+    return _cleaned(module)
+
+
+def integer_products(module: fx.GraphModule) -> int:
+    """Count the products whose both sides are dequantized codes: each should get a kernel."""
+    return sum(_is_integer(node) for node in module.graph.nodes)
+
+
+def _markers(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if is_marker(node)]
+
+
+def _spell_weight(
+    module: fx.GraphModule, name: str, weight: TracedWeight, nodes: list[fx.Node]
+) -> Iterator[fx.Node]:
+    """Put int8 codes in a weight's place at each of its uses; yield those that kernels can take."""
+    codes = int8_weight(weight)
+    if codes is None:
+        return
+    constant = None
+    for node, user in [(n, user) for n in nodes for user in n.users]:
+        if constant is None:
+            constant = Speller(module, nodes[0]).constant(f"{name}_codes", codes.codes)
+        speller = Speller(module, user)
+        if user.target is aten.embedding.default and not codes.is_transposed:
+            user.replace_all_uses_with(speller.rows(name, constant, codes, user))
+            continue
+        value = speller.weight(name, constant, codes)
+        user.replace_input_with(node, value)
+        if codes.groups == 1:
+            yield value
+
+
+def _spell_activation(
+    module: fx.GraphModule, node: fx.Node, quantizer: Quantizer, weights: set[fx.Node]
+) -> None:
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    static = static_codes(quantizer)
+    if static is not None:
+        node.replace_all_uses_with(Speller(module, node).static(x, static))
+        return
+    if why_not_per_token(quantizer.scheme) is None:
+        for user in list(node.users):
+            if user.target in _TAKES_TOKENS and user.args[0] is node and user.args[1] in weights:
+                _spell_tokens(module, x, user, quantizer)
+    if node.users:
+        name = "simulated_" + "".join(c if c.isalnum() else "_" for c in str(node.args[1]))
+        spelled = Speller(module, node).module(name, Simulated(quantizer), x)
+        node.replace_all_uses_with(spelled)
+
+
+def _spell_tokens(
+    module: fx.GraphModule, x: fx.Node, product: fx.Node, quantizer: Quantizer
+) -> None:
+    """Multiply codes, and scale each token's sums after that."""
+    speller = Speller(module, product)
+    codes, scale = speller.tokens(x, quantizer.scheme)
+    sums = speller.call(product.target, codes, product.args[1])
+    result = speller.call(aten.mul.Tensor, sums, scale)
+    bias = product.args[2] if len(product.args) > 2 else product.kwargs.get("bias")
+    if bias is not None:
+        result = speller.call(aten.add.Tensor, result, bias)
+    product.replace_all_uses_with(result)
+
+
+def _widen(module: fx.GraphModule, node: fx.Node) -> None:
+    """Give a convolution of one channel a second one of zeros.
+
+    With one channel the compiler takes a tensor's memory for channels first, the integer kernel
+    for channels last, where the batch is dynamic: it would compute on mixed up values.
+    """
+    quantized, weight = _first(node.args[0]), node.args[1]  # type: ignore[arg-type]
+    assert quantized is not None
+    assert isinstance(weight, fx.Node)
+    codes = weight.args[0]
+    assert isinstance(codes, fx.Node)
+    values = getattr(module, str(codes.target))
+    if values.shape[1] != 1 or (len(node.args) > 6 and node.args[6] != 1):
+        return
+    speller = Speller(module, node)
+    wider = torch.cat([values, torch.zeros_like(values)], dim=1)
+    padding = [0, 0] * (values.dim() - 2) + [0, 1]
+    x = speller.call(aten.constant_pad_nd.default, quantized.args[0], padding, 0.0)
+    again = speller.call(quantized.target, x, *quantized.args[1:])
+    restored = node.args[0]
+    assert isinstance(restored, fx.Node)
+    x = speller.call(restored.target, again, *restored.args[1:])
+    constant = speller.constant(f"{codes.target}_wider", wider)
+    values = speller.call(weight.target, constant, *weight.args[1:])
+    node.update_arg(0, x)
+    node.update_arg(1, values)
+
+
+def _is_integer(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target not in PRODUCTS:
+        return False
+    left, right = _operands(node)
+    while right is not None and right.target is aten.t.default:
+        right = _first(right)
+    return (
+        left is not None
+        and right is not None
+        and left.target is decomposed.dequantize_per_tensor.default
+        and right.target is decomposed.dequantize_per_channel.default
+    )
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    start = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
+    left, right = node.args[start : start + 2]
+    return (
+        left if isinstance(left, fx.Node) else None,
+        right if isinstance(right, fx.Node) else None,
+    )
+
+
+def _first(node: fx.Node) -> fx.Node | None:
+    return node.args[0] if isinstance(node.args[0], fx.Node) else None
+
+
+def _lower_to_bf16(module: fx.GraphModule) -> None:
+    products = [
+        node
+        for node in module.graph.nodes
+        if node.op == "call_function" and node.target in PRODUCTS and not _is_integer(node)
+    ]
+    for node in products:
+        speller = Speller(module, node)
+        lowered = {
+            operand: speller.call(aten.to.dtype, operand, torch.bfloat16)
+            for operand in node.all_input_nodes
+            if _is_float(operand)
+        }
+        users = list(node.users)
+        raised = Speller(module, node.next).call(aten.to.dtype, node, torch.float32)
+        for operand, lower in lowered.items():
+            node.replace_input_with(operand, lower)
+        for user in users:
+            user.replace_input_with(node, raised)
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Whether a node is a float tensor; what was written here has no example value, and is."""
+    value = node.meta.get("val")
+    return value is None or (isinstance(value, Tensor) and value.dtype == torch.float32)
+
+
+def _cleaned(module: fx.GraphModule) -> fx.GraphModule:
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.graph.lint()
+    module.recompile()
+    return module

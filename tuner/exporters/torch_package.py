@@ -1,0 +1,148 @@
+"""Compiles a graph ahead of time into a package that PyTorch runs without this library."""
+
+import logging
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.export import Dim, ExportedProgram, export
+
+from tuner.errors import ExportError
+from tuner.exporters.agreement import Run
+from tuner.exporters.torch_spelling import aten
+from tuner.exporters.tracing import Traced
+
+_KERNELS = ("qlinear_pointwise", "qconv_pointwise", "qconv2d_pointwise")
+_SUM, _ADD = "sum", "add"
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.alias.default,
+)
+
+
+class KeepInputs(CustomGraphPass):
+    """Lets no kernel add in place to a tensor that others see: an input, a constant, a view.
+
+    The compiler turns `x + linear(y)` into a kernel that adds to x itself, and checks only that
+    nothing later in the graph reads x: the caller's tensor would be overwritten.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for op in (
+            torch.ops.onednn.qlinear_pointwise.binary,
+            torch.ops.onednn.qlinear_pointwise.binary_tensor,
+            torch.ops.onednn.qconv2d_pointwise.binary,
+            torch.ops.onednn.qconv2d_pointwise.binary_tensor,
+        ):
+            names = [argument.name for argument in op._schema.arguments]
+            kind = next(i for i, name in enumerate(names) if name.startswith("binary"))
+            for node in graph.find_nodes(op="call_function", target=op):
+                if node.args[kind] == _SUM and _is_seen(node.args[6]):
+                    node.update_arg(kind, _ADD)
+
+    def uuid(self) -> str:
+        """Return what tells this pass from others in the compiler's cache."""
+        return "keep-inputs-1"
+
+
+def _is_seen(node: Any) -> bool:
+    return node.op in ("placeholder", "get_attr") or node.target in _VIEWS
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler is there that PyTorch compiles with."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def exported(module: fx.GraphModule, traced: Traced) -> ExportedProgram:
+    """Return a graph as a program of ATen ops, with the dynamic axes of the traced model.
+
+    Raises ExportError where something in it depends on values of tensors.
+    """
+    example = traced.example
+    firsts = {t.shape[0] if t.dim() else None for t in example.tensors}
+    # an axis of length 1 would be taken for a constant
+    tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
+    axes = [traced.dynamic.get(name, {}) for name in example.names]
+    shapes = tuple(dict.fromkeys(named, Dim.AUTO) for named in axes)
+    try:
+        with torch.no_grad():
+            return export(module, tensors, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # whatever cannot be traced
+        raise ExportError(
+            f"torch.export cannot trace the quantized graph: {type(error).__name__}: {error}. "
+            "Dynamic activations can be exported with calibration='minmax' only"
+        ) from error
+
+
+def compile_package(program: ExportedProgram, path: Path) -> None:
+    """Compile a program into a `.pt2` package.
+
+    Raises ExportError where the compiler fails, or the file cannot be written.
+    """
+    config = {
+        "freezing": True,
+        "post_grad_custom_pre_pass": KeepInputs(),
+        "aot_inductor.enable_line_tables": False,  # a megabyte that only debuggers read
+    }
+    try:
+        with torch.no_grad(), _quiet():
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=config)
+    except Exception as error:  # PyTorch's compiler has no exception of its own
+        raise ExportError(
+            f"PyTorch cannot compile the model into {path}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def load_package(path: Path) -> Run:
+    """Return what runs a package on flat inputs."""
+    package = aoti_load_package(str(path))
+
+    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        with torch.no_grad():
+            found = package(*inputs)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the compiler's warnings about its own ways from the user."""
+    logger = logging.getLogger("torch._inductor")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def integer_kernels(path: Path) -> int:
+    """Count the calls of integer kernels in a package's generated code."""
+    with zipfile.ZipFile(path) as package:
+        sources = [name for name in package.namelist() if name.endswith(".wrapper.cpp")]
+        text = "".join(package.read(name).decode() for name in sources)
+    return sum(text.count(f"__{name}") for name in _KERNELS)
