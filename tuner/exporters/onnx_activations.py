@@ -2,9 +2,10 @@
 
 Integers of 8 and 16 bits are QuantizeLinear and DequantizeLinear; those of fewer bits have their
 codes clipped between the two, so that runtimes still see 8 bits. Signed 8-bit codes are written
-unsigned, their zero point moved by 128: runtimes have their fast kernels there. FP8 has types of
-its own; fp16 and bf16 are casts. Scales that follow from the data, or lie along an axis, are
-spelled out in arithmetic: exact, and not fast.
+unsigned, their zero point moved by 128: runtimes have their fast kernels there. FP8, fp16 and bf16
+are casts: of QuantizeLinear to FP8, ONNX Runtime believes that it makes a ReLU before it needless,
+and that a product after it is one of integers. Scales that follow from the data, or lie along an
+axis, are spelled out in arithmetic: exact, and not fast.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,14 @@ class Spelling:
     zero_point: Tensor
     codes: tuple[int, int] | None = None
 
+    @property
+    def values(self) -> tuple[float, float] | None:
+        """The values of the smallest and largest code, None where every code is allowed."""
+        if self.codes is None:
+            return None
+        low, high = (code - int(self.zero_point) for code in self.codes)
+        return low * self.scale.item(), high * self.scale.item()
+
 
 def why_not_spelled(scheme: TensorScheme) -> str | None:
     """Return why ONNX cannot say what a scheme does, None if it can."""
@@ -56,8 +65,8 @@ def why_not_spelled(scheme: TensorScheme) -> str | None:
         return None if known else f"static {scheme.granularity!r} cannot be spelled in ONNX"
     if scheme.format not in FLOAT8:
         return f"ONNX has no {scheme.format}"
-    if scheme.is_dynamic or not isinstance(scheme.granularity, PerTensor):
-        return f"{scheme.format} is spelled with one static scale only"
+    if scheme.is_dynamic or not isinstance(scheme.granularity, PerTensor | PerChannel):
+        return f"{scheme.format} is spelled with static scales only, one or one a channel"
     return None
 
 
@@ -65,7 +74,7 @@ def is_pair(scheme: TensorScheme) -> bool:
     """Whether a scheme is spelled as QuantizeLinear and DequantizeLinear with one scale."""
     fmt = formats.get(scheme.format)
     is_static = not scheme.is_dynamic and isinstance(scheme.granularity, PerTensor)
-    return is_static and fmt.scaled and (fmt.kind == "int" or scheme.format in FLOAT8)
+    return is_static and fmt.kind == "int"
 
 
 def spelling_of(quantizer: Quantizer) -> Spelling:
@@ -73,8 +82,6 @@ def spelling_of(quantizer: Quantizer) -> Spelling:
     scheme, qparams = quantizer.scheme, quantizer.qparams
     assert qparams is not None
     scale = torch.as_tensor(qparams.scale, dtype=torch.float32).reshape(()).clone()
-    if scheme.format in FLOAT8:
-        return Spelling(scale, torch.zeros((), dtype=FLOAT8[scheme.format]))
     zero = 0 if qparams.zero_point is None else int(qparams.zero_point)
     low, high = scheme.quant_range
     dtype, shift = _code_type(low, high)
@@ -90,17 +97,21 @@ def _code_type(low: int, high: int) -> tuple[torch.dtype, int]:
     return (torch.uint8, 128) if high <= 127 and low >= -128 else (torch.int16, 0)
 
 
-def paired(x: Tensor, scale: Tensor, zero_point: Tensor, codes: tuple[int, int] | None) -> Tensor:
-    """Quantize and dequantize by one scale."""
-    quantized = QUANTIZE(x, scale, zero_point, 1)
+def paired(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    codes: tuple[int, int] | None,
+    values: tuple[float, float] | None,
+    name: str,
+) -> Tensor:
+    """Quantize and dequantize by one scale; `codes` and `values` are limits after and before."""
+    limited = x if values is None else x.clamp(*values)
+    quantized = QUANTIZE(limited, scale, zero_point, name)
     if codes is not None:
-        quantized = _clipped(quantized, codes)
-    dequantized: Tensor = DEQUANTIZE(quantized, scale, zero_point, 1, 0)
+        quantized = quantized.clamp(*codes)
+    dequantized: Tensor = DEQUANTIZE(quantized, scale, zero_point, 1, 0, "")
     return dequantized
-
-
-def _clipped(codes: Tensor, bounds: tuple[int, int]) -> Tensor:
-    return torch.clamp(codes, *bounds)
 
 
 def arithmetic(x: Tensor, quantizer: Quantizer) -> Tensor:
@@ -109,13 +120,19 @@ def arithmetic(x: Tensor, quantizer: Quantizer) -> Tensor:
     if scheme.format == "fp32":
         return x
     if scheme.format in _HALF:
-        dtype = _HALF[scheme.format]
-        most = torch.finfo(dtype).max
-        return x.clamp(-most, most).to(dtype).to(x.dtype)
+        return _cast(x, _HALF[scheme.format])
+    if scheme.format in FLOAT8:
+        scale, _ = _static(x, quantizer)
+        return _cast(x / scale, FLOAT8[scheme.format]) * scale
     scale, zero_point = _dynamic(x, scheme) if quantizer.qparams is None else _static(x, quantizer)
     low, high = scheme.quant_range
     codes = (torch.round(x / scale) + zero_point).clamp(low, high)
     return (codes - zero_point) * scale
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype).to(x.dtype)
 
 
 def _static(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -16,7 +15,8 @@ from torch.export import Dim, ExportedProgram, export
 
 from tuner.errors import ExportError
 from tuner.exporters.onnx_ops import BLOCKS_FROM, translations
-from tuner.exporters.onnx_weights import FOUR_BITS, dequantized
+from tuner.exporters.onnx_storage import store_small
+from tuner.exporters.onnx_weights import dequantized
 from tuner.exporters.tracing import Traced
 
 _BASE_OPSET = 20
@@ -65,7 +65,7 @@ def to_onnx(graph: fx.GraphModule, traced: Traced) -> OnnxModel:
         program = export(graph, tensors, dynamic_shapes=shapes, strict=False)
         written = _written(program, traced, opset)
     model = written.model
-    _pack_four_bits(model)
+    store_small(model)
     _name_axes(model, traced.dynamic)
     return OnnxModel(model)
 
@@ -105,24 +105,10 @@ def _silent() -> Iterator[None]:
 
 def _needs_new_types(graph: fx.GraphModule) -> bool:
     """Whether the graph has INT4, 16-bit codes or blocks, which opset 21 brings."""
-    buffers = dict(graph.named_buffers())
-    narrow = any(name.endswith(FOUR_BITS) for name in buffers)
-    wide = any(buffer.dtype in _NEW_TYPES for buffer in buffers.values())
-    return narrow or wide or _has_blocks(graph)
-
-
-def _has_blocks(graph: fx.GraphModule) -> bool:
-    calls = (node.args for node in graph.graph.nodes if node.target is dequantized)
-    return any(block for _, _, _, _, block, _ in calls)
-
-
-def _pack_four_bits(model: ir.Model) -> None:
-    for name, value in list(model.graph.initializers.items()):
-        if name.endswith(FOUR_BITS):
-            assert value.const_value is not None
-            codes = value.const_value.numpy().astype(ml_dtypes.int4)
-            value.const_value = ir.Tensor(codes, dtype=ir.DataType.INT4, name=name)
-            value.dtype = ir.DataType.INT4
+    if any(buffer.dtype in _NEW_TYPES for buffer in graph.buffers()):
+        return True
+    calls = [node.args for node in graph.graph.nodes if node.target is dequantized]
+    return any(block or stored for *_, block, _, stored in calls)
 
 
 def _name_axes(model: ir.Model, dynamic: Mapping[str, Mapping[int, str]]) -> None:

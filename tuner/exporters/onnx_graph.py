@@ -23,11 +23,14 @@ from tuner.exporters.onnx_activations import (
 )
 from tuner.exporters.onnx_weights import (
     FOUR_BITS,
+    FOUR_BITS_READ_AS_EIGHT,
+    HALVES,
     WeightCodes,
     codes_of,
     dequantized,
     looked_up,
     packed_rows,
+    why_not_looked_up,
     why_not_stored,
 )
 from tuner.exporters.report import LeftFloat
@@ -74,13 +77,16 @@ def float_graph(traced: Traced) -> fx.GraphModule:
     return module
 
 
-def qdq_graph(traced: Traced) -> QdqGraph:
+def qdq_graph(traced: Traced, clips_values: bool = False) -> QdqGraph:
     """Return the graph with its quantizers and quantized weights as ONNX says them.
+
+    Of activations of fewer than 8 bits the codes are clipped, or else the values before them: which
+    of the two a runtime's integer kernels can take in differs.
 
     Raises ExportError for activations that ONNX cannot quantize as the plan says.
     """
     _refuse(traced)
-    rewriting = _Rewriting(_copied(traced.module))
+    rewriting = _Rewriting(_copied(traced.module), clips_values)
     rewriting.spell_activations(traced)
     left = [found for weight in traced.weights if (found := rewriting.spell_weight(weight))]
     rewriting.module.graph.eliminate_dead_code()
@@ -114,8 +120,9 @@ def _refuse(traced: Traced) -> None:
 class _Rewriting:
     """Changes one graph; names of constants are unique in it."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, clips_values: bool) -> None:
         self.module = module
+        self._clips_values = clips_values
         self._nodes = {node.name: node for node in module.graph.nodes}
         self._names: set[str] = set()
         self.weights: dict[str, tuple[str, ...]] = {}
@@ -138,7 +145,7 @@ class _Rewriting:
                 identity = source, spelling.scale.item(), spelling.codes, _identity(spelling)
                 if identity not in known:
                     name = self._unused(key)
-                    known[identity] = self._pair(node, source, spelling, name)
+                    known[identity] = self._pair(source, spelling, name)
                     self._pairs[known[identity]] = Pair(name, marker.name, spelling)
                 new = known[identity]
             else:
@@ -148,14 +155,16 @@ class _Rewriting:
             node.replace_all_uses_with(new)
             self.module.graph.erase_node(node)
 
-    def _pair(self, node: fx.Node, source: fx.Node, spelling: Spelling, name: str) -> fx.Node:
+    def _pair(self, source: fx.Node, spelling: Spelling, name: str) -> fx.Node:
         # pairs that are shared must come right after their tensor
         with self.module.graph.inserting_after(source):
             scale = self._constant(f"{name}_scale", spelling.scale)
         with self.module.graph.inserting_after(scale):
             zero_point = self._constant(f"{name}_zero_point", spelling.zero_point)
         with self.module.graph.inserting_after(zero_point):
-            args = source, scale, zero_point, spelling.codes
+            codes, values = spelling.codes, spelling.values
+            limits = (None, values) if self._clips_values else (codes, None)
+            args = source, scale, zero_point, *limits, name
             return self.module.graph.call_function(paired, args)
 
     def spell_weight(self, weight: TracedWeight) -> LeftFloat | None:
@@ -165,70 +174,77 @@ class _Rewriting:
             return LeftFloat(name, "the traced graph has no constant that is this weight")
         if (why := why_not_stored(weight.scheme)) is not None:
             return LeftFloat(name, why)
-        codes = codes_of(weight)
         nodes = [self._nodes[found] for found in weight.nodes]
-        users = [user for node in nodes for user in list(node.users)]
-        transposes = len(weight.shape) == 2 and all(_is_of(u, _LINEAR, 1, nodes) for u in users)
         stem = self._unused(weight.ref.path + ("" if weight.ref.rows is None else "_rows"))
-        self.weights[stem] = weight.ops
-        if users and all(_is_of(user, _EMBEDDING, 0, nodes) for user in users):
-            return self._spell_embedding(codes, users, stem, name)
-        if transposes:
-            self._spell_linear(codes, users, stem)
+        if weight.scheme.format in HALVES:
+            self._spell_half(nodes, stem + HALVES[weight.scheme.format])
             return None
-        for node in nodes:
-            self._replace(node, codes, stem)
+        codes = codes_of(weight)
+        users = dict.fromkeys(user for node in nodes for user in node.users)
+        products = [user for user in users if _is_of(user, _LINEAR, 1, nodes)]
+        lookups = [user for user in users if _is_of(user, _EMBEDDING, 0, nodes)]
+        self.weights[stem] = weight.ops
+        if lookups and (why := why_not_looked_up(codes)) is not None:
+            return LeftFloat(name, why)
+        if len(products) + len(lookups) < len(users) or len(weight.shape) != 2:
+            for node in nodes:
+                self._replace(node, codes, stem)
+        elif not products:
+            self._spell_lookups(codes, lookups, stem)
+        else:
+            values = self._spell_linear(codes.transposed(), products, stem)
+            self._spell_tied(codes, lookups, values)
         return None
 
-    def _spell_linear(self, codes: WeightCodes, users: list[fx.Node], stem: str) -> None:
-        """Write x Wᵀ + b as a product with codes `[in, out]`, which runtimes fuse."""
-        turned = codes.transposed()
-        values = self._values(users[0], turned, stem)
+    def _spell_half(self, nodes: list[fx.Node], name: str) -> None:
+        for node in nodes:
+            value = operator.attrgetter(str(node.target))(self.module)
+            with self.module.graph.inserting_before(node):
+                node.replace_all_uses_with(self._constant(name, value.detach()))
+            self.module.graph.erase_node(node)
+
+    def _spell_linear(self, turned: WeightCodes, users: list[fx.Node], stem: str) -> fx.Node:
+        """Write x Wᵀ + b as a product with codes `[in, out]`; return the node of its floats.
+
+        Matrices become batches of one: of the product of two matrices and its bias runtimes make
+        one op, which wants a bias of integers, or knows no codes at all.
+        """
+        first = next(node for node in self.module.graph.nodes if node in users)
+        values = self._values(first, turned, stem, users)
         for user in users:
             x, _, *bias = user.args
+            assert isinstance(x, fx.Node)
+            is_matrix = user.meta["val"].dim() == 2
+            x = self._call(user, torch.unsqueeze, x, 0) if is_matrix else x
             product = self._call(user, torch.matmul, x, values)
+            product = self._call(user, torch.squeeze, product, 0) if is_matrix else product
             if bias and bias[0] is not None:
-                bias[0] = self._bias(user, bias[0], turned, stem)
                 product = self._call(user, torch.add, product, bias[0])
             user.replace_all_uses_with(product)
             self.module.graph.erase_node(user)
+        return values
 
-    def _bias(self, user: fx.Node, bias: Any, weight: WeightCodes, stem: str) -> fx.Node:
-        """Return a bias in steps of input scale × weight scale, for matrices; else as it is.
+    def _spell_tied(self, codes: WeightCodes, users: list[fx.Node], values: fx.Node) -> None:
+        """Look rows up in the codes that a product has, transposed: a load folds that."""
+        for user in users:
+            # the product's constants may come later in the graph than this
+            parts = [str(node.target) for node in values.args[:3] if isinstance(node, fx.Node)]
+            with self.module.graph.inserting_before(user):
+                table, scale, zero = (self.module.graph.get_attr(part) for part in parts)
+            turned = [self._call(user, torch.t, table)]
+            for part in (scale, zero):
+                if codes.scale.dim() == 2:
+                    part = self._call(user, torch.t, part)
+                elif codes.axis == 0 and codes.scale.dim() == 1:
+                    part = self._call(user, torch.unsqueeze, part, 1)
+                turned.append(part)
+            self._look_up(user, turned, codes, packed=False)
 
-        Runtimes take a product of matrices and its bias together, and then want integers of both.
-        """
-        pair = self._pairs.get(user.args[0])  # type: ignore[arg-type]
-        in_channels = weight.axis == 1 and not weight.group and weight.scale.dim() == 1
-        if pair is None or not in_channels or user.meta["val"].dim() != 2 or bias.op != "get_attr":
-            return bias  # type: ignore[no-any-return]
-        if weight.codes.dtype != torch.int8 or pair.spelling.zero_point.dtype != torch.uint8:
-            return bias  # type: ignore[no-any-return]
-        values = operator.attrgetter(str(bias.target))(self.module).detach().double()
-        steps = (pair.spelling.scale.double() * weight.scale.double()).expand_as(values)
-        codes = torch.round(values / steps)
-        if bool((codes.abs() >= 2**31).any()):
-            return bias  # type: ignore[no-any-return]
-        name = self._unused(f"{stem}_bias")
-        with self.module.graph.inserting_before(user):
-            constants = [
-                self._constant(f"{name}_codes", codes.to(torch.int32)),
-                self._constant(f"{name}_scale", steps.float()),
-                self._constant(f"{name}_zero_point", torch.zeros_like(codes, dtype=torch.int32)),
-            ]
-        return self._call(user, dequantized, *constants, 0, 0, len(codes))
-
-    def _spell_embedding(
-        self, codes: WeightCodes, users: list[fx.Node], stem: str, name: str
-    ) -> LeftFloat | None:
-        by_row = codes.axis == 0 and not codes.group
-        if codes.group and codes.axis == 0:
-            return LeftFloat(name, "rows of an embedding cannot be looked up in groups of rows")
-        width = codes.length if codes.group else codes.codes.shape[1]
+    def _spell_lookups(self, codes: WeightCodes, users: list[fx.Node], stem: str) -> None:
         packs = codes.bits == 4 and codes.codes.shape[1] % 2 == 0
         table = packed_rows(codes.codes) if packs else codes.codes
         scale, zero = codes.scale, codes.zero_point
-        if by_row and scale.dim() == 1:
+        if codes.axis == 0 and scale.dim() == 1:
             scale, zero = scale.unsqueeze(1), zero.unsqueeze(1)
         for user in users:
             with self.module.graph.inserting_before(user):
@@ -236,26 +252,39 @@ class _Rewriting:
                     self._constant(f"{stem}_{part}", tensor)
                     for part, tensor in (("codes", table), ("scale", scale), ("zero_point", zero))
                 ]
-            new = self._call(user, looked_up, user.args[1], *constants, codes.group, width)
-            user.replace_all_uses_with(new)
-            self.module.graph.erase_node(user)
-        return None
+            self._look_up(user, constants, codes, packs)
+
+    def _look_up(
+        self, user: fx.Node, constants: list[fx.Node], codes: WeightCodes, packed: bool
+    ) -> None:
+        width = codes.length if codes.group else codes.codes.shape[1]
+        new = self._call(user, looked_up, user.args[1], *constants, codes.group, width, packed)
+        user.replace_all_uses_with(new)
+        self.module.graph.erase_node(user)
 
     def _replace(self, node: fx.Node, codes: WeightCodes, stem: str) -> None:
-        values = self._values(node, codes, stem)
+        values = self._values(node, codes, stem, list(node.users))
         node.replace_all_uses_with(values)
         self.module.graph.erase_node(node)
 
-    def _values(self, before: fx.Node, codes: WeightCodes, stem: str) -> fx.Node:
-        """Return a node before another that yields the floats of codes."""
-        ending = FOUR_BITS if codes.bits == 4 else ""
+    def _values(
+        self, before: fx.Node, codes: WeightCodes, stem: str, users: list[fx.Node]
+    ) -> fx.Node:
+        """Return a node before another that yields the floats of codes, for their users."""
+        parts = ("codes", codes.codes), ("scale", codes.scale), ("zero_point", codes.zero_point)
         with self.module.graph.inserting_before(before):
-            constants = [
-                self._constant(f"{stem}{ending or '_codes'}", codes.codes),
-                self._constant(f"{stem}_scale", codes.scale),
-                self._constant(f"{stem}_zero_point{ending}", codes.zero_point),
-            ]
-        return self._call(before, dequantized, *constants, codes.axis, codes.group, codes.length)
+            constants = [self._constant(f"{stem}_{part}", value) for part, value in parts]
+        extent = codes.axis, codes.group, codes.length
+        stored = self._stored(users) if codes.bits == 4 else ""
+        return self._call(before, dequantized, *constants, *extent, stored)
+
+    def _stored(self, users: list[fx.Node]) -> str:
+        """Say how codes of 4 bits are stored: beside quantized inputs runtimes read int8 only."""
+        pairs = [self._pairs.get(user.args[0]) for user in users]  # type: ignore[arg-type]
+        is_integer = all(
+            p is not None and p.spelling.zero_point.dtype == torch.uint8 for p in pairs
+        )
+        return FOUR_BITS_READ_AS_EIGHT if is_integer else FOUR_BITS
 
     def _call(self, before: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
         with self.module.graph.inserting_before(before):

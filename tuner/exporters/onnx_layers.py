@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tuner.exporters.onnx_file import OnnxModel
 from tuner.exporters.onnx_graph import Pair
+from tuner.exporters.onnx_ops import TENSOR
 from tuner.exporters.report import LayerAgreement
 from tuner.exporters.tracing import Traced
 
@@ -40,11 +41,12 @@ def layer_agreement(
 def _forced(model: ir.Model, pairs: Sequence[Pair]) -> tuple[ir.Model, list[Pair]]:
     """Return the model cut at every QuantizeLinear of integers, and their pairs in order."""
     model = ir.from_proto(ir.to_proto(model))
-    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
-    assert len(nodes) == len(pairs)
+    nodes = {node.metadata_props.get(TENSOR): node for node in model.graph}
     kept = []
-    for node, pair in zip(nodes, pairs, strict=True):
-        if pair.spelling.zero_point.dtype.is_floating_point:
+    for pair in pairs:
+        # equal ones may have become one
+        node = nodes.get(pair.name)
+        if node is None:
             continue
         made = node.outputs[0]
         given = ir.Value(name=f"{pair.name}_given", type=made.type, shape=made.shape)

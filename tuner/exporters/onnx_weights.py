@@ -18,8 +18,11 @@ from tuner.schemes import TensorScheme
 _LEAST_GROUP = 16
 """The shortest groups that are worth a split: below, rows are padded instead."""
 
-FOUR_BITS = "_codes4"
-"""The end of the names of constants whose int8 codes are written as INT4."""
+FOUR_BITS, FOUR_BITS_READ_AS_EIGHT = "int4", "int4 as int8"
+"""How DequantizeLinear's codes are stored where not as they are; runtimes multiply int8 only."""
+
+HALVES = {"fp16": "_fp16", "bf16": "_bf16"}
+"""Format → the end of the names of float constants that are written in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,8 @@ def why_not_stored(scheme: TensorScheme) -> str | None:
     fmt = formats.get(scheme.format)
     if fmt.block is not None or fmt.forward is not None:
         return f"ONNX has no {scheme.format}: its values are stored as floats"
+    if scheme.format in HALVES:
+        return None
     if fmt.kind == "int":
         if fmt.bits > 16:
             return f"{scheme.format} is wider than what DequantizeLinear reads"
@@ -120,10 +125,16 @@ def _width(bits: int) -> int:
 
 
 def dequantized(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: int, length: int
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    block: int,
+    length: int,
+    stored: str,
 ) -> Tensor:
     """Return the floats of codes by DequantizeLinear; what lies beyond `length` is padding."""
-    values: Tensor = DEQUANTIZE(codes, scale, zero_point, axis, block)
+    values: Tensor = DEQUANTIZE(codes, scale, zero_point, axis, block, stored)
     return values if codes.shape[axis] == length else values.narrow(axis, 0, length)
 
 
@@ -133,17 +144,30 @@ def packed_rows(codes: Tensor) -> Tensor:
     return unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
 
 
+def why_not_looked_up(codes: WeightCodes) -> str | None:
+    """Return why rows of an embedding table cannot become floats one by one, None if they can."""
+    if codes.group and codes.axis == 0:
+        return "its groups lie across the rows of the table"
+    return None
+
+
 def looked_up(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, group: int, width: int
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: int,
+    width: int,
+    packed: bool,
 ) -> Tensor:
     """Look up rows of an embedding table: only the rows that are asked for become floats.
 
-    Codes of 4 bits come packed (uint8), others as they are. Scale and zero point are `[rows, n]`
-    where rows have their own (n = 1, or one for each group), else whatever every row shares. What
-    lies beyond `width` is padding.
+    Codes of 4 bits may come `packed` (uint8), others as they are. Scale and zero point are
+    `[rows, n]` where rows have their own (n = 1, or one for each group), else whatever every row
+    shares. What lies beyond `width` is padding.
     """
     rows = _rows(codes, indices)
-    if codes.dtype == torch.uint8:
+    if packed:
         low, high = torch.bitwise_and(rows, 15), torch.bitwise_right_shift(rows, 4)
         pairs = torch.stack((low.to(torch.int8), high.to(torch.int8)), -1)
         values = pairs.flatten(-2).to(scale.dtype) - 8
