@@ -1,5 +1,7 @@
 """Constants of a graph: what follows from parameters alone, and which of them are weights."""
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ def functional(traced: Traced) -> fx.GraphModule:
     # an axis of length 1 would be taken for a constant
     tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
     shapes = tuple(dict.fromkeys(traced.dynamic.get(name, {}), Dim.AUTO) for name in example.names)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch copies specs that it deprecated
         program = export(traced.module, tensors, dynamic_shapes=shapes, strict=False)
         graph = program.run_decompositions({}).module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
@@ -78,6 +81,16 @@ def weights_of(traced: Traced, constants: Constants) -> dict[fx.Node, TracedWeig
     return {n: places[_place(t)] for n, t in constants.items() if _place(t) in places}
 
 
+def without_followers(constants: Constants, weights: Iterable[fx.Node]) -> Constants:
+    """Leave out what is computed from weights: that is done with their integers."""
+    followers: set[fx.Node] = set()
+    kept = set(weights)
+    for node in constants:
+        if node not in kept and any(n in kept or n in followers for n in node.all_input_nodes):
+            followers.add(node)
+    return {node: value for node, value in constants.items() if node not in followers}
+
+
 def _place(value: Tensor) -> tuple[object, ...]:
     return value.data_ptr(), tuple(value.shape), value.stride()
 
@@ -86,4 +99,4 @@ def as_array(value: Tensor) -> Array:
     """Return a tensor as numpy has it; fp16 and bf16 become fp32."""
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
-    return np.ascontiguousarray(value.detach().cpu().numpy())
+    return np.array(value.detach().cpu().numpy(), order="C")

@@ -19,6 +19,7 @@ from tuner.exporters.integer_values import Integers
 from tuner.exporters.report import ExportReport, LayerAgreement, LeftFloat
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
+from tuner.plan import Plan
 from tuner.qparams import compute_qparams, quantize
 from tuner.quantizer import Quantizer
 from tuner.saved_files import write_files
@@ -63,9 +64,13 @@ class IntegerExporter(Exporter):
         document = GraphWriter(traced, request.plan).write()
         files = {WEIGHTS: save(document.tensors), GRAPH: _graph(traced, document)}
         runner = Runner.of(json.loads(files[GRAPH]), load(files[WEIGHTS]))
+
+        def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+            return _run(runner, inputs)
+
         layers = layer_agreement(traced, runner, document.quantizers)
         _check(layers)
-        found = agreement(traced, lambda inputs: _run(runner, inputs))
+        found = agreement(traced, run)
         try:
             write_files(files, request.path)
         except OSError as error:
@@ -73,7 +78,6 @@ class IntegerExporter(Exporter):
                 f"cannot write {str(request.path)!r}: {error.strerror}. Give the path of a folder "
                 "that can be made or written"
             ) from error
-        evaluate = request.evaluate
         return ExportReport(
             target=self.target,
             files=tuple(request.path / name for name in files),
@@ -82,8 +86,8 @@ class IntegerExporter(Exporter):
             agreement=found,
             layers=layers,
             left_float=_left_float(request, document),
-            metric=None if evaluate is None else evaluate(lambda *x: tuple(_run(runner, x))),
-            notes=_notes(document),
+            metric=None if request.evaluate is None else request.evaluate(run),
+            notes=_notes(document, request.plan),
         )
 
 
@@ -192,7 +196,7 @@ def _left_float(request: ExportRequest, document: Document) -> tuple[LeftFloat, 
     return tuple(left)
 
 
-def _notes(document: Document) -> tuple[str, ...]:
+def _notes(document: Document, plan: Plan) -> tuple[str, ...]:
     notes = ["No latency: the numpy runner is a reference, no fast runtime."]
     if document.layers:
         widest = max(document.layers, key=lambda each: each["accumulator_bits"])
@@ -205,4 +209,11 @@ def _notes(document: Document) -> tuple[str, ...]:
         f"{fused} of {len(document.quantizers)} quantized tensors come from integers by multiplier "
         "and shift, the others from floats."
     )
+    biased = {each["op"] for each in document.layers if each["has_bias"]}
+    rounded = sum(plan[op].bias is None for op in biased if op in plan)
+    if rounded:
+        notes.append(
+            f"The plan has {rounded} float biases, which are int32 here: OpConfig(bias=…) with the "
+            "format int32 puts that into the simulation too."
+        )
     return tuple(notes)

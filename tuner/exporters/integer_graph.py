@@ -9,7 +9,13 @@ import torch
 from torch import fx
 
 from tuner.errors import ExportError
-from tuner.exporters.integer_constants import as_array, constants_of, functional, weights_of
+from tuner.exporters.integer_constants import (
+    as_array,
+    constants_of,
+    functional,
+    weights_of,
+    without_followers,
+)
 from tuner.exporters.integer_functions import FUNCTIONS
 from tuner.exporters.integer_known import (
     Known,
@@ -59,8 +65,9 @@ class GraphWriter:
         self._traced = traced
         self._plan = plan
         self._graph = functional(traced)
-        self._constants = constants_of(self._graph)
-        self._weights = weights_of(traced, self._constants)
+        constants = constants_of(self._graph)
+        self._weights = weights_of(traced, constants)
+        self._constants = without_followers(constants, self._weights)
         self._known: dict[fx.Node, Known] = {}
         self._written: set[fx.Node] = set()
         self.document = Document()
@@ -226,7 +233,13 @@ class GraphWriter:
             op, found.worst, node.meta["val"].ndim, None, scale, 0, None, found.bits
         )
         self.document.layers.append(
-            {"op": op, "node": name, "accumulator_bits": found.bits, "largest_sum": found.worst}
+            {
+                "op": op,
+                "node": name,
+                "accumulator_bits": found.bits,
+                "largest_sum": found.worst,
+                "has_bias": found.bias is not None,
+            }
         )
         self.document.done.add(op)
 

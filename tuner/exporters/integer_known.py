@@ -44,12 +44,16 @@ class Known:
         """Whether one static scale serves the whole tensor."""
         return self.scale is not None and not self.varies and self.varies is not None
 
+    def is_constant_along(self, axis: int) -> bool:
+        """Whether the scale is known to be one along an axis."""
+        return self.varies is not None and axis % self.axes not in self.varies
+
     def moved(self, function: Any, name: str, args: dict[str, Any], axes: int) -> "Known | None":
         """Return what is known after a move that leaves `axes` axes, None where that is nothing."""
         if name in _TURNS and not self.bits and self.varies is not None:
             if self.integers is not None:
                 turned = self.integers.moved(lambda x: function(x, **args))
-                return replace(self, integers=turned, varies=varying(turned))
+                return known_weight(self.op, turned)
             order = function(np.empty(range(1, self.axes + 1)), **args).shape
             return replace(self, varies=frozenset(order.index(a + 1) for a in self.varies))
         if self.integers is None and not self.bits and self.varies == frozenset():

@@ -54,7 +54,8 @@ def layer(
     """Return a Linear or convolution in integers, or why it cannot be."""
     if weight.integers is None:
         return "its weight is no constant integers"
-    if x.bits or x.varies is None or (x.varies and kind != "linear"):
+    is_one = x.varies == frozenset() or (kind == "linear" and x.is_constant_along(-1))
+    if x.bits or not is_one:
         return "its input has several scales where products are summed"
     channels = 1 if kind == "conv_transpose" else 0
     axes = weight.integers.codes.ndim
@@ -66,7 +67,7 @@ def layer(
     if kind == "conv_transpose":
         reach, scales = np.tile(reach, groups), np.tile(scales, groups)
     after = 0 if kind == "linear" else axes - 2
-    steps = None if x.scale is None else x.scale * scales
+    steps = x.scale * scales if x.is_one_scale and x.scale is not None else None
     codes = None if bias is None or steps is None else bias_codes(bias, steps, scheme)
     added = 0 if codes is None else np.abs(_in_steps(codes))
     worst = int((reach + added).max(initial=0))
@@ -79,7 +80,7 @@ def matmul(a: Known, b: Known, length: int) -> Operation | str:
     for known, axis in ((a, -1), (b, -2)):
         if known.axes < 2:
             return "a vector is multiplied in float"
-        if known.bits or known.varies is None or axis % known.axes in known.varies:
+        if known.bits or not known.is_constant_along(axis):
             return "its operands have several scales where products are summed"
     worst = a.largest * b.largest * length
     for one, other, axis in ((a, b, -1), (b, a, -2)):
@@ -87,7 +88,9 @@ def matmul(a: Known, b: Known, length: int) -> Operation | str:
             sums = np.abs(one.integers.levels).sum(axis=axis) * other.largest
             worst = min(worst, int(sums.max(initial=0)))
     scale = None
-    if a.scale is not None and b.scale is not None:
+    if all(known.is_one_scale or known.integers is not None for known in (a, b)):
+        assert a.scale is not None
+        assert b.scale is not None
         scale = _one(a.scale, -1) * _one(b.scale, -2)
     return Operation("matmul", scale, worst, None, False, 0)
 

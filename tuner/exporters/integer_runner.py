@@ -20,7 +20,8 @@
 - `integer.linear`, `integer.conv`, `integer.conv_transpose`, `integer.matmul`: sums of products of
   (code − zero point); `bias` int32 in steps of input scale × weight scale, or codes of a scale of
   their own, `bias_multiplier` and `bias_shift` taking them there. `accumulator_bits` is what the
-  worst case of sums needs: Σ |w| · max |x − zero point| + |bias|.
+  worst case of sums needs: Σ |w| · max |x − zero point| + |bias|; of products of two activations,
+  whose length may change, it is that for the length of the example.
 - `aten.…`: the function of that name of PyTorch on floats; those in MOVES take codes as they are.
 - `python.…`: arithmetic of lengths, and picking from lists.
 """
@@ -49,7 +50,8 @@ class Runner:
     """Runs an exported graph.
 
     `accumulator_bits`, `overflow` and `pairs` are those of `Accumulators`; after a run `overflowed`
-    says how many sums of which node did not fit. Raises ValueError for a folder of another format.
+    says how many sums of which node did not fit. With `round_once`, what is requantized is rounded
+    once, not twice as gemmlowp does. Raises ValueError for a folder of another format.
     """
 
     def __init__(
@@ -58,18 +60,21 @@ class Runner:
         accumulator_bits: int = 64,
         overflow: Overflow = "saturate",
         pairs: bool = False,
+        round_once: bool = False,
     ) -> None:
         graph = json.loads((Path(folder) / GRAPH).read_text(encoding="utf-8"))
         if (graph.get("format"), graph.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"{folder} has no graph of the format {FORMAT} {VERSION}")
         tensors = load_file(Path(folder) / WEIGHTS)
         self._set(graph, tensors, Accumulators(accumulator_bits, overflow, pairs))
+        self._once = round_once
 
     @classmethod
     def of(cls, graph: Mapping[str, Any], tensors: Mapping[str, Array]) -> "Runner":
         """Return a runner of a graph that is in memory."""
         runner = cls.__new__(cls)
         runner._set(graph, tensors, Accumulators())
+        runner._once = False
         return runner
 
     def _set(
@@ -156,7 +161,8 @@ class Runner:
     def requantize(self, node: Node, args: Mapping[str, Any]) -> Integers:
         """Run `integer.requantize`."""
         multiplier, shift = self.number(node["multiplier"]), self.number(node["shift"])
-        codes = rescaled(args["x"].levels, multiplier, shift) + node["zero_point"]
+        steps = rescaled(args["x"].levels, multiplier, shift, self._once)
+        codes = steps + node["zero_point"]
         low, high = self.number(node["low"]), self.number(node["high"])
         held = np.clip(codes, low, high).astype(np.int32)
         return Integers(held, self.number(node["scale"]), np.asarray(node["zero_point"]))

@@ -281,11 +281,15 @@ def _sym_numel(self: Any) -> int:
 
 @function("upsample_nearest2d")
 def _upsample_nearest2d(
-    input: Array, output_size: Any = None, scale_factors: Any = None, **_: Any
+    self: Any = None,
+    output_size: Any = None,
+    scale_factors: Any = None,
+    input: Any = None,
+    **_: Any,
 ) -> Array:
-    out = input
+    out: Array = self if input is None else input
     for axis in (2, 3):
-        length = input.shape[axis]
+        length = out.shape[axis]
         size = (
             int(length * scale_factors[axis - 2]) if output_size is None else output_size[axis - 2]
         )
