@@ -5,7 +5,6 @@ values in FP32. `with_integer_kernels` puts oneDNN's kernels in the place of the
 weights packed once: faster than FP32, if less so than compiled code, which fuses what lies between.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.export import ExportedProgram, load, save
 
 from tuner.errors import ExportError
 from tuner.exporters.agreement import Run
-from tuner.exporters.torch_spelling import Speller, aten, decomposed
+from tuner.exporters.torch_spelling import Speller, aten, copied, decomposed
 
 _onednn = torch.ops.onednn
 _PLAIN: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
@@ -46,7 +45,7 @@ def load_program(path: Path) -> Run:
 
 def with_integer_kernels(module: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of a module whose products of dequantized codes are integer kernels."""
-    twin = fx.GraphModule(module, copy.deepcopy(module.graph))
+    twin = copied(module)
     for node in list(twin.graph.nodes):
         if node.target is aten.linear.default:
             _replace(twin, node, _linear)

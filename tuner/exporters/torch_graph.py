@@ -1,12 +1,11 @@
 """Rewrites a traced graph into the spelling that PyTorch's compiler makes integer kernels of."""
 
-import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
 
-from tuner.exporters.torch_spelling import Speller, aten, decomposed
+from tuner.exporters.torch_spelling import Speller, aten, copied, decomposed
 from tuner.exporters.torch_values import int8_weight, static_codes, why_not_per_token
 from tuner.exporters.tracing import Traced, TracedWeight, is_marker
 from tuner.quantizer import Quantizer
@@ -50,7 +49,7 @@ def spelled_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
 
     With `bf16`, products that are not computed with integers are computed in bfloat16.
     """
-    module = fx.GraphModule(traced.module, copy.deepcopy(traced.module.graph))
+    module = copied(traced.module)
     by_name = {node.name: node for node in module.graph.nodes}
     weights: set[fx.Node] = set()
     for index, weight in enumerate(traced.weights):
@@ -71,7 +70,7 @@ def float_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
 
     Its weights have the values of the simulation, which takes as long.
     """
-    module = fx.GraphModule(traced.module, copy.deepcopy(traced.module.graph))
+    module = copied(traced.module)
     for node in _markers(module):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     if bf16:

@@ -1,6 +1,7 @@
 """Compiles a graph ahead of time into a package that PyTorch runs without this library."""
 
 import logging
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,8 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
 
 def load_package(path: Path) -> Run:
     """Return what runs a package on flat inputs."""
-    package = aoti_load_package(str(path))
+    with _quiet():
+        package = aoti_load_package(str(path))
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
@@ -135,7 +137,9 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
 

@@ -17,6 +17,13 @@ _INT8 = (-128, 127, torch.int8)
 _SHIFT = 128
 
 
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph over flat inputs, with the same tensors."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
 class Speller:
     """Writes nodes into a graph, before one of its nodes."""
 

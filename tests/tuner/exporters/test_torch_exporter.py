@@ -1,0 +1,211 @@
+"""A package agrees with the simulation, runs integer kernels, and leaves its inputs alone."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tuner import (
+    OpConfig,
+    PerChannel,
+    PerToken,
+    Rule,
+    SearchSpace,
+    TensorScheme,
+    TuningConfig,
+    quantization,
+)
+from tuner.errors import ExportError
+from tuner.example import Example
+from tuner.exporters import torch_exporter
+from tuner.exporters.base import ExportRequest
+from tuner.exporters.report import ExportReport
+from tuner.exporters.torch_exporter import TorchExporter, checked
+from tuner.exporters.torch_package import has_compiler, integer_kernels, load_package
+from tuner.exporters.tracing import Traced, trace
+
+W8 = TensorScheme(format="int8", granularity=PerChannel(0))
+A8 = TensorScheme(format="uint8", symmetric=False)
+A4 = TensorScheme(format="uint4", symmetric=False)
+S8 = TensorScheme(format="int8")
+TOKEN = TensorScheme(format="int8", granularity=PerToken(), dynamic=True)
+
+needs_compiler = pytest.mark.skipif(
+    not has_compiler(), reason="no C++ compiler: packages are NOT tested here"
+)
+
+
+class Cnn(nn.Module):
+    """One input channel, signed and four-bit activations, a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.signed = nn.Conv2d(8, 8, 3, padding=1)
+        self.narrow = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.signed(self.stem(image))
+        x = torch.relu(self.narrow(torch.relu(x)) + x)
+        return self.head(x.mean((2, 3)))
+
+
+class Block(nn.Module):
+    """What comes in is a term of two sums, once as it is and once as a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(16, 16)
+        self.fc1 = nn.Linear(16, 32)
+        self.fc2 = nn.Linear(32, 16)
+        self.flat = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + self.proj(x.sin())
+        return y + self.fc2(torch.relu(self.fc1(y))), x.view(-1, 16) + self.flat(
+            x.cos().view(-1, 16)
+        )
+
+
+def named(**options: OpConfig) -> SearchSpace:
+    rules = [Rule(names=[name], options=[option]) for name, option in options.items()]
+    return SearchSpace(preset="int8", rules=rules)
+
+
+CNN = named(signed=OpConfig(weight=W8, inputs=S8), narrow=OpConfig(weight=W8, inputs=A4))
+BLOCK = named(fc1=OpConfig(weight=W8, inputs=TOKEN), fc2=OpConfig(weight=W8, inputs=A8))
+
+
+def request(make: type[nn.Module], batch: Tensor, space: object, path: Path) -> ExportRequest:
+    torch.manual_seed(0)
+    config = TuningConfig(space=space)
+    model = quantization.fit(make().eval(), [batch], config=config)
+    traced = trace(model._parts.model, Example.of_batch(model.model, batch))
+    return ExportRequest(traced, model.plan, dict(model._parts.model.ops), path, batches=())
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportReport, Traced]:
+    batch = 2 * torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    asked = request(Cnn, batch, CNN, tmp_path_factory.mktemp("cnn") / "cnn.pt2")
+    return TorchExporter().export(asked), asked.traced
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportReport, Traced]:
+    batch = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
+    asked = request(Block, batch, BLOCK, tmp_path_factory.mktemp("block"))
+    return TorchExporter().export(asked), asked.traced
+
+
+@needs_compiler
+def test_a_cnn_agrees_at_every_batch_size(cnn: tuple[ExportReport, Traced]) -> None:
+    report, traced = cnn
+    assert report.agreement is not None
+    assert report.agreement.max_abs <= max(2 * report.agreement.floor, 1e-4)
+    run = load_package(report.files[0])
+    for n in (1, 5):
+        x = 5 * torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(n))
+        found, expected = run([x])[0], traced.simulate(x)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0.02)
+
+
+@needs_compiler
+def test_every_product_is_an_integer_kernel(
+    cnn: tuple[ExportReport, Traced], block: tuple[ExportReport, Traced]
+) -> None:
+    for report, _ in (cnn, block):
+        assert integer_kernels(report.files[0]) == 4
+        assert "4 integer kernels" in report.notes[0]
+        assert report.left_float == ()
+
+
+@needs_compiler
+def test_a_block_agrees_and_leaves_its_input_alone(block: tuple[ExportReport, Traced]) -> None:
+    report, traced = block
+    run = load_package(report.files[0])
+    x = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(3))
+    before = x.clone()
+    found = run([x])
+    assert torch.equal(x, before)
+    for one, other in zip(found, traced.simulate(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=0.02)
+
+
+@needs_compiler
+def test_the_report_names_the_file_in_a_folder(block: tuple[ExportReport, Traced]) -> None:
+    report, _ = block
+    assert report.files[0].name == "model.pt2"
+    assert report.size_bytes == report.files[0].stat().st_size
+    parameters = 16 * 16 + 16 + 2 * 16 * 32 + 32 + 16 + 16 * 16 + 16
+    assert report.float_size_bytes == 4 * parameters
+    assert "takes x and returns output_0, output_1" in report.notes[-1]
+
+
+def test_without_a_compiler_kernels_are_called_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_exporter, "has_compiler", lambda: False)
+    batch = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
+    asked = request(Block, batch, BLOCK, tmp_path / "block.pt2")
+    report = TorchExporter().export(asked)
+    assert report.agreement is not None
+    assert report.agreement.max_abs <= max(2 * report.agreement.floor, 1e-4)
+    assert "No C++ compiler" in report.notes[0]
+    # someone else's PyTorch runs the file as it is
+    program = torch.export.load(report.files[0]).module(check_guards=False)
+    expected = asked.traced.simulate(batch)
+    torch.testing.assert_close(program(batch)[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_an_artifact_that_overwrites_its_input_is_refused() -> None:
+    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (inputs[0].add_(1),)
+
+    with pytest.raises(ExportError, match="overwrites its input 0"):
+        checked(run)([torch.zeros(3)])
+
+
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    batch = torch.randn(4, 6, 16)
+    asked = request(Block, batch, BLOCK, tmp_path / "file" / "inside")
+    with pytest.raises(ExportError, match="cannot write"):
+        TorchExporter().export(asked)
+
+
+def test_ranges_that_need_values_cannot_be_exported(tmp_path: Path) -> None:
+    moving = TensorScheme(format="int8", dynamic=True, calibration="mse")
+    space = named(fc1=OpConfig(weight=W8, inputs=moving))
+    asked = request(Block, torch.randn(4, 6, 16), space, tmp_path)
+    with pytest.raises(ExportError, match="minmax"):
+        TorchExporter().export(asked)
+
+
+def reasons(config: OpConfig, make: Callable[[], Any] = Block) -> str | None:
+    model = quantization.fit(make().eval(), [torch.randn(4, 6, 16)])
+    return TorchExporter().why_not(model._parts.model.ops["fc1"], config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OpConfig(weight=W8, inputs=A8), None),
+        (OpConfig(weight=W8, inputs=TOKEN), None),
+        (OpConfig.float(), "keeps it in FP32"),
+        (OpConfig(inputs=A8), "quantized weight as well"),
+        (OpConfig(weight=W8), "quantized input as well"),
+        (OpConfig(weight=TensorScheme(format="e4m3fn"), inputs=A8), "weights in e4m3fn"),
+        (OpConfig(weight=TensorScheme(symmetric=False), inputs=A8), "zero point"),
+        (OpConfig(weight=W8, inputs=TensorScheme(format="int16")), "activations in int16"),
+        (OpConfig(weight=W8, inputs=TensorScheme(dynamic=True)), "for each token"),
+        (OpConfig(weight=W8.model_copy(update={"granularity": PerChannel(1)}), inputs=A8), "axis"),
+    ],
+)
+def test_the_table_of_capabilities(config: OpConfig, message: str | None) -> None:
+    reason = reasons(config)
+    assert reason is None if message is None else message in (reason or "")
