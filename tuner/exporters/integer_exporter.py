@@ -69,7 +69,7 @@ class IntegerExporter(Exporter):
             return _run(runner, inputs)
 
         layers = layer_agreement(traced, runner, document.quantizers)
-        _check(layers)
+        check_layers(layers)
         found = agreement(traced, run)
         try:
             write_files(files, request.path)
@@ -139,7 +139,8 @@ def _shaped(part: Tensor, quantizer: Quantizer, axes: int) -> Tensor:
     return part.reshape([-1 if i == axis else 1 for i in range(axes)])
 
 
-def _check(layers: Sequence[LayerAgreement]) -> None:
+def check_layers(layers: Sequence[LayerAgreement]) -> None:
+    """Raise ExportError where a quantized tensor is more than one step off."""
     bad = [layer for layer in layers if layer.max_steps > _MOST_STEPS]
     if bad:
         worst = max(bad, key=lambda layer: layer.max_steps)

@@ -3,113 +3,35 @@
 import json
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from tuner import (
-    OpConfig,
-    PerChannel,
-    PerGroup,
-    Rule,
-    SearchSpace,
-    TensorScheme,
-    TuningConfig,
-    quantization,
+from tests.tuner.exporters.integer_nets import (
+    A8,
+    INT8,
+    W8,
+    Net,
+    exported,
+    fitted,
+    graph_of,
+    image,
+    net,
+    rules,
+    tokens,
+    words,
 )
+from tuner import OpConfig, PerChannel, TensorScheme
 from tuner.errors import ExportError
-from tuner.example import Example
-from tuner.exporters.base import ExportRequest
-from tuner.exporters.integer_exporter import IntegerExporter
+from tuner.exporters.integer_exporter import IntegerExporter, check_layers
 from tuner.exporters.integer_runner import Runner
-from tuner.exporters.report import ExportReport
-from tuner.exporters.tracing import trace
-from tuner.quantized_model import QuantizedModel
+from tuner.exporters.report import ExportReport, LayerAgreement
 
-W8 = TensorScheme(format="int8", granularity=PerChannel(0))
-A8 = TensorScheme(format="uint8", symmetric=False)
 PACKAGE = Path(__file__).parents[3] / "tuner"
-
-
-class Net(nn.Module):
-    """Convolutions of all kinds with clamps between them, a residual sum, pooling, a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.grouped = nn.Conv2d(8, 8, 1, groups=2, bias=False)
-        self.up = nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1, groups=2)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = torch.relu(self.stem(image))
-        y = nn.functional.relu6(self.depthwise(x)) + x
-        y = torch.relu_(self.grouped(y))
-        y = nn.functional.max_pool2d(self.up(y), 2)
-        return self.head(y.mean((2, 3)))
-
-
-class Words(nn.Module):
-    """Embeddings and causal attention, whose lengths change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(17, 16)
-        self.norm = nn.LayerNorm(16)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        y = self.norm(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        return self.down(nn.functional.gelu(self.up(x))) @ self.embed.weight.T
-
-
-def image(n: int = 4, seed: int = 1) -> Tensor:
-    return torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(n: int = 4, length: int = 6) -> Tensor:
-    return torch.randint(0, 17, (n, length), generator=torch.Generator().manual_seed(1))
-
-
-def fitted(model: nn.Module, data: Tensor, space: object = "int8") -> QuantizedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.4)
-        return quantization.fit(model.eval(), [data], config=TuningConfig(space=space))
-
-
-def exported(model: QuantizedModel, data: Tensor, path: Path) -> ExportReport:
-    parts = model._parts
-    traced = trace(parts.model, Example.of_batch(model.model, data))
-    request = ExportRequest(traced, model.plan, dict(parts.model.ops), path)
-    return IntegerExporter().export(request)
-
-
-def rules(**schemes: object) -> SearchSpace:
-    """Return a space in which every op has this one choice."""
-    return SearchSpace(preset="int8", rules=[Rule(names=["*"], options=[OpConfig(**schemes)])])
-
-
-@cache
-def net() -> QuantizedModel:
-    return fitted(Net(), image(16))
-
-
-@cache
-def words() -> QuantizedModel:
-    return fitted(Words(), tokens(16))
 
 
 @pytest.fixture
@@ -135,10 +57,6 @@ def words_report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
 @pytest.fixture(scope="module")
 def words_folder(words_report: ExportReport) -> Path:
     return words_report.files[0].parent
-
-
-def graph_of(folder: Path) -> dict:
-    return json.loads((folder / "graph.json").read_text())
 
 
 def test_every_quantized_tensor_is_within_one_step(net_report: ExportReport) -> None:
@@ -177,21 +95,22 @@ def test_what_is_behind_a_clamp_is_requantized(net_folder: Path) -> None:
     assert not any(n["op"] == "aten.relu" and n["name"] == "relu_1" for n in nodes.values())
 
 
-def test_a_clamp_from_above_is_in_the_codes(folder: Path) -> None:
+@pytest.mark.parametrize(("low", "high"), [(-0.25, 0.5), (-0.5, 0.25)])
+def test_clamps_are_in_the_codes(low: float, high: float, folder: Path) -> None:
     class Clamped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(torch.clamp(self.a(x), -0.25, 0.5).view(-1, 2, 3).flatten(1))
+            return self.b(torch.clamp(self.a(x), low, high).view(-1, 2, 3).flatten(1))
 
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(2))
-    report = exported(fitted(Clamped(), x), x, folder)
+    report = exported(fitted(Clamped(), x, rules(weight=W8, inputs=INT8)), x, folder)
     found = [n for n in graph_of(folder)["nodes"] if n["op"] == "integer.requantize"]
     assert len(found) == 1
-    ends = [(found[0][end] - found[0]["zero_point"]) * found[0]["scale"] for end in ("low", "high")]
-    assert ends == pytest.approx([-0.25, 0.5], abs=found[0]["scale"])
+    ends = [found[0][end] * found[0]["scale"] for end in ("low", "high")]
+    assert ends == pytest.approx([low, high], abs=found[0]["scale"])
     assert report.layers[-1].max_steps <= 1
     # the codes are moved as the values were
     quantizer = next(n for n in graph_of(folder)["nodes"] if n.get("quantizer") == "b|0")
@@ -281,206 +200,6 @@ np.save("found.npy", runner.run(np.load("tokens.npy"))[0])
     assert np.array_equal(np.load(tmp_path / "found.npy"), expected)
 
 
-def layer_by_layer(**configs: OpConfig) -> SearchSpace:
-    """Return a space in which each layer has a choice of its own."""
-    each = [Rule(names=[name], options=[config]) for name, config in configs.items()]
-    return SearchSpace(preset="int8", rules=each)
-
-
-INT8, INT16 = TensorScheme(format="int8"), TensorScheme(format="int16")
-W4 = TensorScheme(format="int4", granularity=PerChannel(0))
-AFFINE_W8 = W8.model_copy(update={"symmetric": False})
-SPACES = {
-    "dynamic": "int8-dynamic",
-    "one": layer_by_layer(
-        stem=OpConfig(weight=W8, inputs=INT8),
-        depthwise=OpConfig(weight=INT8, inputs=A8),
-        grouped=OpConfig(weight=AFFINE_W8, inputs=A8),
-        up=OpConfig(weight=INT8, inputs=TensorScheme(format="uint8")),
-        head=OpConfig(weight=W4, inputs=A8, output=A8),
-    ),
-    "two": layer_by_layer(
-        stem=OpConfig(weight=W8, inputs=INT16),
-        depthwise=OpConfig(weight=W8, inputs=A8.model_copy(update={"dynamic": True})),
-        grouped=OpConfig(weight=W8, inputs=A8, output=A8),
-        up=OpConfig(weight=W8, inputs=A8),
-        head=OpConfig(weight=INT16, inputs=INT16),
-    ),
-}
-INT32_BIAS = OpConfig(weight=W8, inputs=A8, bias=TensorScheme(format="int32"))
-
-
-@pytest.mark.parametrize("name", SPACES)
-def test_every_kind_of_integers_agrees(name: str, folder: Path) -> None:
-    report = exported(fitted(Net(), image(16), SPACES[name]), image(), folder)
-    assert all(layer.max_steps <= 1 for layer in report.layers)
-    assert report.agreement is not None
-    assert report.agreement.max_abs < 0.1
-    found = torch.from_numpy(Runner(folder).run(image().numpy())[0])
-    assert found.isfinite().all()
-
-
-def test_scales_that_vary_where_products_are_summed_leave_an_op_float(folder: Path) -> None:
-    space = rules(weight=W8, inputs=TensorScheme(granularity=PerChannel(1)))
-    report = exported(fitted(Net(), image(16), space), image(), folder)
-    reasons = {left.op: left.reason for left in report.left_float}
-    assert "several scales where products are summed" in reasons["stem"]
-    assert report.agreement is not None
-    assert report.agreement.max_abs < 1e-3
-
-
-def test_weights_alone_stay_integers_in_the_file(folder: Path) -> None:
-    grouped = TensorScheme(format="int4", granularity=PerGroup(4))
-    model = fitted(Words(), tokens(16), SearchSpace(
-        preset="int8", rules=[Rule(op_types=["Linear"], options=[OpConfig(weight=grouped)])]
-    ))  # fmt: skip
-    report = exported(model, tokens(), folder)
-    tensors = load_file(folder / "weights.safetensors")
-    assert tensors["up.weight.codes"].dtype == np.int8
-    assert np.abs(tensors["up.weight.codes"]).max() <= 8
-    assert tensors["up.weight.scale"].shape == (32, 4)
-    reasons = {left.op: left.reason for left in report.left_float}
-    assert reasons["up"] == "its input is float: its weight is kept as integers"
-
-
-def test_int32_biases_of_the_plan_are_what_is_written(folder: Path) -> None:
-    up = INT32_BIAS.model_copy(update={"weight": INT8})
-    space = layer_by_layer(stem=INT32_BIAS, depthwise=INT32_BIAS, up=up, head=INT32_BIAS)
-    model = fitted(Net(), image(16), space)
-    report = exported(model, image(), folder)
-    assert report.layers[-1].equal == 1  # floats of sums whose biases are not rounded anew
-    assert not any("float biases" in note for note in report.notes)
-    tensors = load_file(folder / "weights.safetensors")
-    node = next(n for n in graph_of(folder)["nodes"] if n["op"] == "integer.conv")
-    codes = tensors[node["bias"]]
-    source = next(n for n in graph_of(folder)["nodes"] if n.get("quantizer") == "stem|0")
-    steps = np.float64(source["scale"]) * tensors["stem.weight.scale"].astype(np.float64)
-    assert codes.dtype == np.int32
-    np.testing.assert_allclose(codes * steps, model.model.stem.bias.detach(), rtol=1e-6, atol=0)
-
-
-def test_biases_of_eight_bits_keep_their_own_scale(folder: Path) -> None:
-    bias = TensorScheme(format="int8", calibration="mse")
-    model = fitted(Net(), image(16), SearchSpace(preset="int8", rules=[
-        Rule(names=["head"], options=[OpConfig(weight=W8, inputs=A8, bias=bias)])
-    ]))  # fmt: skip
-    report = exported(model, image(), folder)
-    node = next(n for n in graph_of(folder)["nodes"] if n["op"] == "integer.linear")
-    tensors = load_file(folder / "weights.safetensors")
-    codes = tensors[node["bias"]]
-    assert codes.dtype == np.int8
-    values = model.model.head.bias.detach().numpy()
-    largest = np.abs(values).argmax()
-    np.testing.assert_allclose(codes * (values[largest] / codes[largest]), values, atol=1e-6)
-    assert report.agreement is not None
-    assert report.agreement.max_abs < 0.05
-
-
-def width_of_head(folder: Path) -> int:
-    """Return the bits of the worst sum, of a product of absolute codes by torch."""
-    nodes, tensors = graph_of(folder)["nodes"], load_file(folder / "weights.safetensors")
-    source = next(n for n in nodes if n.get("quantizer") == "head|0")
-    reach = max(255 - source["zero_point"], source["zero_point"])
-    codes, bias = torch.from_numpy(tensors["head.weight.codes"]).long(), tensors["linear.bias"]
-    worst = (codes.abs() @ torch.full((6,), reach)) + torch.from_numpy(bias).long().abs()
-    return len(bin(int(worst.max()))) - 2 + 1
-
-
-def test_the_width_of_accumulators_is_enough_and_no_more(net_folder: Path) -> None:
-    stated = {each["op"]: each["accumulator_bits"] for each in graph_of(net_folder)["layers"]}
-    widest = max(stated.values())
-    assert stated["head"] == width_of_head(net_folder)
-    enough = Runner(net_folder, accumulator_bits=widest)
-    exact = Runner(net_folder).run(image().numpy())[0]
-    assert np.array_equal(
-        enough.run(10 * image().numpy())[0], Runner(net_folder).run(10 * image().numpy())[0]
-    )
-    assert enough.overflowed == {}
-    for overflow in ("wrap", "saturate"):
-        narrow = Runner(net_folder, accumulator_bits=12, overflow=overflow)
-        assert not np.array_equal(narrow.run(image().numpy())[0], exact)
-        assert narrow.overflowed
-
-
-@pytest.mark.parametrize("overflow", ["saturate", "wrap"])
-def test_a_reduced_range_keeps_pairs_of_products_within_16_bits(
-    overflow: str, folder: Path
-) -> None:
-    x = torch.rand(64, 32, generator=torch.Generator().manual_seed(3))
-    counts = {}
-    for reduced in (False, True):
-        weight = W8.model_copy(update={"reduce_range": reduced})
-        model = fitted(nn.Sequential(nn.Linear(32, 8)), x, rules(weight=weight, inputs=A8))
-        where = folder / str(reduced)
-        exported(model, x, where)
-        pairs = Runner(where, 16, overflow, pairs=True)
-        found, exact = pairs.run(x.numpy())[0], Runner(where).run(x.numpy())[0]
-        counts[reduced] = sum(pairs.overflowed.values())
-        assert np.array_equal(found, exact) is reduced
-    assert counts[False] > 0
-    assert counts[True] == 0
-
-
-def test_a_layer_is_that_of_onnx_runtime(folder: Path) -> None:
-    """QLinearConv takes the same codes, scales, zero points and int32 biases."""
-    two = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, groups=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    model = fitted(two, image(16))
-    exported(model, image(), folder)
-    graph, tensors = graph_of(folder), load_file(folder / "weights.safetensors")
-    quantize, requantize = (
-        next(n for n in graph["nodes"] if n.get("quantizer") == key) for key in ("0|0", "2|0")
-    )
-    conv = next(n for n in graph["nodes"] if n["op"] == "integer.conv")
-    reached: dict = {}
-    Runner(folder, round_once=True).run(image().numpy(), reached=reached)
-    node = helper.make_node(
-        "QLinearConv",
-        ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b"],
-        ["y"],
-        strides=[2, 2],
-        pads=[1, 1, 1, 1],
-    )
-    codes = [n["low"] >= 0 for n in (quantize, requantize)]
-    kinds = [np.uint8 if unsigned else np.int8 for unsigned in codes]
-    constants = {
-        "xs": np.float32(quantize["scale"]), "xz": kinds[0](quantize["zero_point"]),
-        "w": tensors["0.weight.codes"], "ws": tensors["0.weight.scale"], "wz": np.zeros(8, np.int8),
-        "ys": np.float32(requantize["scale"]), "yz": kinds[1](requantize["zero_point"]),
-        "b": tensors[conv["bias"]],
-    }  # fmt: skip
-    found = onnx_run(node, constants, reached[quantize["name"]].codes.astype(kinds[0]), kinds[1])
-    clamped = np.clip(found.astype(int), requantize["low"], requantize["high"])
-    difference = np.abs(reached[requantize["name"]].codes - clamped)
-    assert difference.max() <= 1
-    assert (difference == 0).mean() > 0.999
-
-
-def onnx_run(node: object, constants: dict, x: np.ndarray, kind: type) -> np.ndarray:
-    initializers = [
-        helper.make_tensor(
-            name,
-            helper.np_dtype_to_tensor_dtype(np.asarray(value).dtype),
-            np.asarray(value).shape,
-            np.asarray(value).tobytes(),
-            raw=True,
-        )
-        for name, value in constants.items()
-    ]
-    types = {np.uint8: TensorProto.UINT8, np.int8: TensorProto.INT8}
-    graph = helper.make_graph(
-        [node],
-        "one",
-        [helper.make_tensor_value_info("x", types[x.dtype.type], x.shape)],
-        [helper.make_tensor_value_info("y", types[kind], None)],
-        initializers,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {"x": x})[0]
-
-
 def test_an_op_that_the_runner_lacks_is_named(folder: Path) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -540,3 +259,10 @@ def test_another_format_is_no_graph(folder: Path) -> None:
 def test_what_a_target_can_do_is_said_before(config: OpConfig, part: str | None) -> None:
     why = IntegerExporter().why_not(net()._parts.model.ops["stem"], config)
     assert (why is None) if part is None else (part in why)
+
+
+def test_a_tensor_more_than_one_step_off_is_an_error() -> None:
+    close, far = LayerAgreement("a|0", 1.0, 0.9), LayerAgreement("b|0", 1.5, 0.9)
+    check_layers([close])
+    with pytest.raises(ExportError, match=r"1 of 2 .* b\|0 by 1.5: nothing was written"):
+        check_layers([close, far])
