@@ -1,5 +1,6 @@
 """A model with its ops reached: runs taps over data, puts plans on in place and takes them off."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -57,6 +58,11 @@ class InstrumentedModel:
         self._quantizers: dict[tuple[str, int, TensorScheme], Quantizer] = {}
         self._op_modules, self._attention, self._scopes = _candidates(model)
         self._swapped: set[str] = set()
+
+    def copy(self) -> "InstrumentedModel":
+        """Return a copy with the same plan on; what computes from data is shared: it is large."""
+        of_data = self.weights.rounder, self.corrections.correction, self.norms.reestimate
+        return copy.deepcopy(self, {id(each): each for each in of_data})
 
     @property
     def candidates(self) -> tuple[str, ...]:

@@ -16,12 +16,14 @@ from tuner.data_pass import DataPass
 from tuner.example import Example
 from tuner.exporters.targets import exporter
 from tuner.graph import OpGraph
+from tuner.latency import LatencyModel, latency_model
 from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges, Watcher
 from tuner.op_table import Damages
 from tuner.operands import OUTPUT, Operands, check_operands, static_operands
 from tuner.ops import Op
 from tuner.placement import Followers, following, residual_sums, runnable
+from tuner.plan import Plan
 from tuner.predictions import Predictions, predicted
 from tuner.presets import Candidate
 from tuner.progress import Progress
@@ -60,6 +62,14 @@ class Prepared:
     rescaling: Rescaling
     scalings: tuple[Scaling, ...]
     example: Example | None
+    latency: LatencyModel | None = None
+
+    def plan_costs(self, plan: Plan, measures: bool = True) -> dict[str, float]:
+        """Return the costs of the plan that is on the model, measured where they must be."""
+        costs = self.costs.costs(plan).to_dict()
+        if self.latency is not None and measures:
+            costs |= self.latency.measure().to_costs()
+        return costs
 
 
 class Preparation:
@@ -85,6 +95,7 @@ class Preparation:
         self._candidates: Candidates = {}
         self._exporter = None if config.target is None else exporter(config.target)
         self._leaders: Followers = {}
+        self._latency: LatencyModel | None = None
 
     def record(self) -> OpGraph:
         """Record the op graph on the first batch and look up every op's candidates."""
@@ -131,7 +142,9 @@ class Preparation:
         costs = CostModel(self.model.model, graph, needless)
         objective = self._config.objective
         options = predictions.candidates
-        space = build_space(graph.ops, options, damages, costs, objective, self._leaders)
+        latency = self.latency(progress)
+        leaders = self._leaders
+        space = build_space(graph.ops, options, damages, costs, objective, leaders, latency)
         return Prepared(
             model=self.model,
             graph=graph,
@@ -144,7 +157,21 @@ class Preparation:
             rescaling=rescaling,
             scalings=scalings,
             example=self._data.example,
+            latency=latency,
         )
+
+    def baseline_costs(self, progress: Progress) -> dict[str, float]:
+        """Return the costs of FP32, measured where they must be."""
+        latency = self.latency(progress)
+        measured = {} if latency is None else latency.baseline.to_costs()
+        return self.float_costs.to_dict() | measured
+
+    def latency(self, progress: Progress) -> LatencyModel | None:
+        """Return the times of the model, made once, where they are the objective."""
+        if self._latency is None and self._config.objective == "latency":
+            progress.phase("timing ops", None)
+            self._latency = latency_model(self.model, self._exporter, self._data.example)
+        return self._latency
 
     def signature(self) -> str:
         """Describe the options of every op, whatever their damage: what a resumed study shares."""

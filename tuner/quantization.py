@@ -164,6 +164,8 @@ class _Run:
         baseline = stored[0] if stored else self._baseline(store, evaluate)
         known = store.payload
         prepared = self._preparation.finish(self._bar, known or None)
+        if prepared.latency is not None:
+            prepared.latency.anchor(baseline.costs["latency_ms"])
         payload = prepared.payload | {"goal": self._config.goal.model_dump(mode="json")}
         if payload != known:
             store.set_payload(payload)
@@ -195,7 +197,7 @@ class _Run:
 
     def _baseline(self, store: StudyStore, evaluate: Evaluator) -> TrialRecord:
         self._bar.phase("evaluating FP32", None)
-        costs = self._preparation.float_costs.to_dict()
+        costs = self._preparation.baseline_costs(self._bar)
         baseline = evaluate_baseline(evaluate, self._preparation.model.model, costs)
         store.add(0, baseline.to_dict())
         return baseline
@@ -242,10 +244,11 @@ def _by_calibration(
     prepared = preparation.finish(bar)
     plan = prepared.space.plan((0,) * len(prepared.space.units))
     float_plan = _float_plan(prepared)
-    costs = preparation.float_costs.to_dict()
+    costs = preparation.baseline_costs(bar)
     why = "first option of every op: no eval_func"
     baseline = _unjudged(0, float_plan, costs, "FP32 baseline")
-    best = _unjudged(1, plan, prepared.costs.costs(plan).to_dict(), why)
+    prepared.model.apply(plan)
+    best = _unjudged(1, plan, prepared.plan_costs(plan), why)
     trainer, trained = _trainer(prepared, config, training, random_state), None
     if trainer is not None and method_of(plan) is not None:
         prepared.model.apply(plan)
@@ -371,7 +374,6 @@ def _refuse(
             raise TunerError(f"{name} is a {type(text).__name__}: give a string")
     later = {
         "executor": executor is not None,
-        "TuningConfig(objective='latency')": config.objective == "latency",
         "AccuracyGoal(confidence=…)": config.goal.confidence is not None,
     }
     for name, given in later.items():

@@ -12,6 +12,12 @@ from typing import Any
 from tuner.errors import SaveError
 
 
+def cache_folder() -> Path:
+    """Return the cache folder: `$XDG_CACHE_HOME/accutune`, by default `~/.cache/accutune`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "accutune"
+
+
 def as_json(value: Any) -> bytes:
     """Return a value as the bytes of a JSON file."""
     return json.dumps(value, indent=1).encode()

@@ -8,10 +8,12 @@ from tuner import formats
 from tuner.config import Rule, SearchSpace
 from tuner.costs import CostModel
 from tuner.errors import PlanError, SpaceError
+from tuner.latency import LatencyModel
 from tuner.op_rules import Shapes, fitted, matching_ops
 from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.presets import INPUT_CALIBRATIONS, Candidate, along_first_axes, preset_candidates
+from tuner.prices import Price
 from tuner.records import describe_config
 from tuner.repairs import BIAS_CORRECTION, BN_REESTIMATION, SUPPORTED, in_order
 from tuner.schemes import OpConfig, TensorScheme
@@ -25,9 +27,6 @@ from tuner.sensitivity import (
 )
 
 FLOAT = Candidate("FP32", OpConfig.float())
-_TIE_BREAK = 1e-3
-"""The weight of the other cost beside the objective, both as shares of FP32: what costs nothing in
-the objective (an embedding in bops, an activation in size) is still worth quantizing."""
 
 _OPTIMISM = 1.1
 """Weights are rounded by the data that their damage is then predicted on."""
@@ -82,13 +81,12 @@ class TuningSpace:
 
     units: tuple[TuningUnit, ...]
     space: Space
-    cost_weights: tuple[float, float]
+    cost_weights: Mapping[str, float]
     followers: tuple["Follower", ...] = ()
 
     def price(self, costs: Mapping[str, float]) -> float:
         """Return what strategies minimise, for a whole model of these costs."""
-        by_bops, by_size = self.cost_weights
-        return by_bops * costs["bops"] + by_size * costs["size_bytes"]
+        return sum(weight * costs[name] for name, weight in self.cost_weights.items())
 
     def plan(self, assignment: Assignment) -> Plan:
         """Return the plan that an assignment stands for."""
@@ -284,6 +282,7 @@ def build_space(
     costs: CostModel,
     objective: str,
     leaders: Mapping[str, tuple[str, ...]] | None = None,
+    latency: LatencyModel | None = None,
 ) -> TuningSpace:
     """Return the units, their options' cost in the objective and their predicted damage.
 
@@ -292,7 +291,7 @@ def build_space(
     """
     units, spaces = [], []
     floats = 0.0
-    price = _Price(costs, objective)
+    price = Price(costs, objective, latency)
     followers = _followers(candidates, leaders or {})
     led = {f.leaders[0]: damages[f.name][f.config] for f in reversed(followers)}
     free = {n: c for n, c in candidates.items() if n not in (leaders or {})}
@@ -311,8 +310,7 @@ def build_space(
         units.append(TuningUnit(group[0], tuple(choices)))
         spaces.append(Unit(group[0], _kind(members), tuple(options)))
     space = Space(tuple(spaces), price.whole - floats)
-    weights = price.by_bops, price.by_size
-    return TuningSpace(tuple(units), space, weights, tuple(followers))
+    return TuningSpace(tuple(units), space, price.weights, tuple(followers))
 
 
 def _followers(
@@ -320,29 +318,6 @@ def _followers(
 ) -> list[Follower]:
     quantized = {name: candidates[name][0].config for name in leaders if name in candidates}
     return [Follower(name, config, leaders[name]) for name, config in quantized.items()]
-
-
-class _Price:
-    """The cost that strategies minimise, in units of the objective."""
-
-    def __init__(self, costs: CostModel, objective: str) -> None:
-        total = costs.costs({})
-        self._costs = costs
-        if objective == "bops" and total.bops:
-            self.by_bops, self.by_size = 1.0, _TIE_BREAK * total.bops / max(total.size_bytes, 1.0)
-        else:
-            self.by_bops, self.by_size = _TIE_BREAK * total.size_bytes / max(total.bops, 1.0), 1.0
-        self.whole = self.by_bops * total.bops + self.by_size * total.size_bytes
-
-    def of(self, members: Sequence[Op], configs: Mapping[str, OpConfig]) -> float:
-        """Return the cost of tied ops together; their weight counts once."""
-        bops = sum(self._costs.bops(op, configs[op.name]) for op in members)
-        weights = {ref.key: (ref, configs[op.name].weight) for op in members for ref in op.weights}
-        size = sum(self._costs.weight_bytes(ref, scheme) for ref, scheme in weights.values())
-        for op in members:
-            size += self._costs.activation_bytes(op, configs[op.name])
-            size += self._costs.bias_bytes(op, configs[op.name])
-        return self.by_bops * bops + self.by_size * size
 
 
 def _kind(members: Sequence[Op]) -> str:

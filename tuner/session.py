@@ -229,7 +229,7 @@ class Session:
             attempt = self._evaluate.attempt_of(lambda: self._keep(plan, full))
         if attempt.error is None:
             self._tell_of_silent_ops()
-        costs = self._prepared.costs.costs(plan).to_dict()
+        costs = self._prepared.plan_costs(plan, measures=attempt.error is None)
         return attempt.record(len(self.records) + 1, plan, reason, costs)
 
     def _keep(self, plan: Plan, full: bool) -> nn.Module:

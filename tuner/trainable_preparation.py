@@ -1,6 +1,5 @@
 """From a model and a plan to one that can be trained under it: prepare_qat()."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -164,8 +163,7 @@ def _of_quantized(source: QuantizedModel, reading: _Reading) -> _Start:
     """Take the plan off a copy: float weights, folded norms and ranges stay."""
     parts = source._parts
     model = parts.model
-    of_data = model.weights.rounder, model.corrections.correction, model.norms.reestimate
-    twin = copy.deepcopy(parts.model, {id(each): each for each in of_data})  # not copied: large
+    twin = model.copy()
     twin.apply({})
     model = InstrumentedModel(twin.model)
     model.install(parts.model.ops, _NoRanges())

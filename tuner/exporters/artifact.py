@@ -1,6 +1,5 @@
 """A model of the user's class whose forward runs an exported artifact: for eval_func."""
 
-import copy
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ def artifact_model(model: InstrumentedModel, example: Example, run: Run) -> nn.M
     Other methods and attributes are the model's own. Raises ExportError where its outputs cannot
     be put together again.
     """
-    twin = copy.deepcopy(model)
+    twin = model.copy()
     twin.apply({})
     user = twin.model
     args, kwargs = example.call(example.tensors)

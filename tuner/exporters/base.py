@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.errors import ExportError
 from tuner.exporters.report import ExportReport
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.schemes import OpConfig
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,25 @@ class Exporter(ABC):
     @abstractmethod
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why the target has no low-precision kernel for an op's choice, None if it has."""
+
+    @property
+    def runtime(self) -> str:
+        """The runtime's name and version, under which times are kept; raises ExportError if none.
+
+        `objective="latency"` is for targets that have one.
+        """
+        raise ExportError(
+            f"target {self.target!r} is no runtime that can be timed here: for objective='latency' "
+            "choose onnxruntime or openvino"
+        )
+
+    def compiled(self, traced: Traced, batch: int = 1, on_codes: bool = False) -> Call:
+        """Return a call that runs a traced model in the runtime on its example.
+
+        With `on_codes` the quantization of the inputs, and the dequantization of the outputs, are
+        left out: it takes and gives the codes themselves.
+        """
+        raise ExportError(f"target {self.target!r} has no runtime: {self.runtime}")
 
     @abstractmethod
     def export(self, request: ExportRequest) -> ExportReport:

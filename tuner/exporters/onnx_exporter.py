@@ -5,11 +5,14 @@ from functools import partial
 from pathlib import Path
 
 import onnx
+import onnxruntime
 
 from tuner.errors import ExportError
 from tuner.exporters.agreement import Run, agreement
-from tuner.exporters.base import Exporter, ExportRequest
+from tuner.exporters.base import Call, Exporter, ExportRequest
+from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_activations import why_not_spelled
+from tuner.exporters.onnx_codes import inputs_of, without_ends
 from tuner.exporters.onnx_file import to_onnx
 from tuner.exporters.onnx_graph import QdqGraph, float_graph, qdq_graph
 from tuner.exporters.onnx_layers import layer_agreement
@@ -29,6 +32,7 @@ class OnnxExporter(Exporter):
     """QDQ for any runtime that reads ONNX, TensorRT's explicit quantization among them."""
 
     target = "onnx"
+    reads_sums = True
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why ONNX cannot say what an op's choice does, None if it can."""
@@ -40,7 +44,7 @@ class OnnxExporter(Exporter):
 
     def export(self, request: ExportRequest) -> ExportReport:
         """Write the file, check it layer by layer and as a whole, and time it beside FP32."""
-        traced = request.traced
+        traced = hoisted(request.traced)
         graph = qdq_graph(traced)
         model = to_onnx(graph.module, traced)
         layers = layer_agreement(model, graph.pairs, traced, _load)
@@ -70,6 +74,21 @@ class OnnxRuntimeExporter(OnnxExporter):
     """The same file, of which is checked that ONNX Runtime computes it with integers."""
 
     target = "onnxruntime"
+
+    @property
+    def runtime(self) -> str:
+        """ONNX Runtime and its version."""
+        return f"onnxruntime-{onnxruntime.__version__}"
+
+    def compiled(self, traced: Traced, batch: int = 1, on_codes: bool = False) -> Call:
+        """Return a call that runs a traced model on its example, with codes where it is told so."""
+        prepared = hoisted(traced)
+        model = to_onnx(qdq_graph(prepared).module, prepared)
+        if on_codes:
+            model = without_ends(model)
+        session = OnnxRuntimeSession(model.to_bytes())
+        inputs = inputs_of(model, traced.example.with_batch(batch).tensors)
+        return partial(session.run, inputs)
 
     def _left_float(
         self, request: ExportRequest, graph: QdqGraph, path: Path

@@ -136,7 +136,7 @@ def trace(model: InstrumentedModel, example: Example, dynamic_axes: Axes | None 
     an op of the plan, or where an axis of `dynamic_axes` cannot change.
     """
     wanted = example.dynamic_axes(dynamic_axes)
-    twin = copy.deepcopy(model)
+    twin = model.copy()
     quantizers = mark(twin)
     outputs: list[str] = []
     tell = partial(setitem, outputs, slice(None))

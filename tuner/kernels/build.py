@@ -12,6 +12,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from tuner.saved_files import cache_folder
+
 _log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
@@ -48,7 +50,7 @@ def library() -> ctypes.CDLL | None:
 
 def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     texts = (_FOLDER.joinpath(name).read_text("utf-8") for name in (_HEADER, *_SOURCES))
-    identity = "\0".join((*texts, compiler, *flags, _processor()))
+    identity = "\0".join((*texts, compiler, *flags, processor()))
     name = hashlib.sha256(identity.encode()).hexdigest()[:24] + ".so"
     target = _folder() / name
     try:
@@ -84,8 +86,7 @@ def _run(*command: str) -> None:
 
 def _folder() -> Path:
     """Return the cache folder, or one for this process alone where it cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home, "accutune")
+    folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid():
@@ -102,7 +103,7 @@ def _temporary_folder() -> Path:
     return Path(folder)
 
 
-def _processor() -> str:
+def processor() -> str:
     """Describe the processor: code for -march=native does not run on another one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

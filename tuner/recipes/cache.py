@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from tuner.recipes.base import Parameters
+from tuner.saved_files import cache_folder
 
 _log = logging.getLogger(__name__)
-
-
-def folder() -> Path:
-    """Return the cache folder: `$XDG_CACHE_HOME/accutune`, by default `~/.cache/accutune`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "accutune"
 
 
 def path_of(recipe: str, parameters: Parameters, data: bytes) -> Path:
@@ -31,7 +25,7 @@ def path_of(recipe: str, parameters: Parameters, data: bytes) -> Path:
     """
     facts = [recipe, parameters.model_dump(mode="json"), torch.__version__]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + data).hexdigest()
-    return folder() / f"{recipe}-{digest[:16]}.safetensors"
+    return cache_folder() / f"{recipe}-{digest[:16]}.safetensors"
 
 
 def trained(model: nn.Module, path: Path, train: Callable[[nn.Module], None]) -> nn.Module:

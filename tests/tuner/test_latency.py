@@ -1,0 +1,145 @@
+"""Latency as the objective: ops are timed alone, whole plans beside FP32."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tuner import OpConfig, PerChannel, TensorScheme, TuningConfig, quantization
+from tuner.errors import ExportError
+from tuner.exporters.targets import exporter
+from tuner.model import InstrumentedModel
+from tuner.op_times import OpTimes, can_measure
+from tuner.quantized_model import QuantizedModel
+
+X = torch.randn(8, 8, 24, 24, generator=torch.Generator().manual_seed(0))
+W8A8 = OpConfig(
+    weight=TensorScheme(format="int8", granularity=PerChannel(0)),
+    inputs=(TensorScheme(format="uint8", symmetric=False),),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+class Net(nn.Module):
+    """A convolution, attention and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 3)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x)[:, :, ::3, ::3].flatten(2).transpose(1, 2)
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return self.fc(mixed.mean(1))
+
+
+def eval_func(model: nn.Module) -> float:
+    with torch.no_grad():
+        return -float(model(X).abs().mean())
+
+
+def fit(**options: Any) -> QuantizedModel:
+    torch.manual_seed(0)
+    config = TuningConfig(objective="latency", target="onnxruntime", max_trials=2)
+    return quantization.fit(Net().eval(), [X], config=config, **options)
+
+
+def test_plans_are_measured_beside_fp32_and_none_is_slower() -> None:
+    result = fit(eval_func=eval_func).result
+    for record in (result.baseline_trial, *result.trials):
+        low, mid, high = (record.costs[f"latency_{n}ms"] for n in ("lower_", "", "upper_"))
+        assert 0 < low <= mid <= high
+    assert result.best.costs["latency_ms"] <= result.baseline_costs["latency_ms"]
+    meeting = [t.costs["latency_ms"] for t in result.trials if t.meets_goal]
+    assert result.best.costs["latency_ms"] <= min(meeting)
+    assert "latency_ms" in result.summary()
+
+
+def test_a_resumed_study_keeps_what_was_measured(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    once = fit(eval_func=eval_func, storage=storage, study_name="s").result
+    again = fit(eval_func=eval_func, storage=storage, study_name="s").result
+    assert [t.costs for t in again.trials] == [t.costs for t in once.trials]
+    assert again.baseline_costs == once.baseline_costs
+
+
+def test_without_eval_func_the_plan_is_measured_too() -> None:
+    result = fit().result
+    assert result.best.costs["latency_ms"] > 0
+    assert result.baseline_costs["latency_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [(None, "name it"), ("onnx", "choose onnxruntime or openvino")],
+)
+def test_latency_wants_a_runtime(target: str | None, message: str) -> None:
+    config = TuningConfig(objective="latency", target=target)
+    with pytest.raises(ExportError, match=message):
+        quantization.fit(Net().eval(), [X], eval_func, config)
+
+
+def recorded() -> tuple[InstrumentedModel, dict[str, Any]]:
+    model = InstrumentedModel(Net().eval())
+    with torch.no_grad():
+        return model, dict(model.record(lambda: model.model(X[:1]), 1).ops)
+
+
+def test_a_signature_is_measured_once_and_kept(tmp_path: Path) -> None:
+    model, ops = recorded()
+    times = OpTimes(exporter("onnxruntime"), tmp_path)
+    floats = times.time_ms(model, ops["conv"], OpConfig.float())
+    quantized = times.time_ms(model, ops["conv"], W8A8)
+    assert 0 < floats < 100
+    assert 0 < quantized < 100
+    (kept,) = tmp_path.glob("*.json")
+    assert sorted(json.loads(kept.read_text()).values()) == sorted((floats, quantized))
+    again = OpTimes(exporter("onnxruntime"), tmp_path)
+    assert again.time_ms(model, ops["conv"], W8A8) == quantized
+
+
+def test_fewer_bits_take_the_time_of_eight(tmp_path: Path) -> None:
+    model, ops = recorded()
+    times = OpTimes(exporter("onnxruntime"), tmp_path)
+    four = W8A8.model_copy(update={"inputs": (TensorScheme(format="uint4", symmetric=False),)})
+    assert times.time_ms(model, ops["conv"], four) == times.time_ms(model, ops["conv"], W8A8)
+
+
+def test_every_kind_of_op_is_measured(tmp_path: Path) -> None:
+    model, ops = recorded()
+    times = OpTimes(exporter("onnxruntime"), tmp_path)
+    measured = [name for name, op in ops.items() if can_measure(op)]
+    assert len(measured) == 8  # conv, fc, four projections, two products
+    for name in measured:
+        assert times.time_ms(model, ops[name], OpConfig.float()) > 0
+
+
+def test_a_damaged_file_of_times_is_replaced(tmp_path: Path) -> None:
+    model, ops = recorded()
+    times = OpTimes(exporter("onnxruntime"), tmp_path)
+    first = times.time_ms(model, ops["fc"], OpConfig.float())
+    (kept,) = tmp_path.glob("*.json")
+    kept.write_text("[1, 2")
+    again = OpTimes(exporter("onnxruntime"), tmp_path)
+    assert again.time_ms(model, ops["fc"], OpConfig.float()) > 0
+    assert first > 0
+    assert len(json.loads(kept.read_text())) == 1
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model, ops = recorded()
+    before = {name: t.clone() for name, t in model.model.state_dict().items()}
+    OpTimes(exporter("onnxruntime"), tmp_path).time_ms(model, ops["conv"], W8A8)
+    assert all(torch.equal(t, before[name]) for name, t in model.model.state_dict().items())
