@@ -28,6 +28,7 @@ from tuner.exporters.onnx_weights import (
     WeightCodes,
     codes_of,
     dequantized,
+    guarded,
     looked_up,
     packed_rows,
     why_not_looked_up,
@@ -38,17 +39,24 @@ from tuner.exporters.tracing import Traced, TracedWeight, is_marker
 
 _LINEAR = torch.ops.aten.linear.default
 _EMBEDDING = torch.ops.aten.embedding.default
+_TURNING = (
+    torch.ops.aten.t.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.numpy_T.default,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
     """A quantized tensor of the graph: the marker that it stands for, and its spelling.
 
-    `name` is that of the constants of the pair.
+    `name` is that of the constants of the pair, `op` the first op that reads it.
     """
 
     name: str
     marker: str
+    op: str
     spelling: Spelling
 
 
@@ -64,6 +72,12 @@ class QdqGraph:
     pairs: tuple[Pair, ...]
     weights: Mapping[str, tuple[str, ...]]
     left_float: tuple[LeftFloat, ...]
+
+    def ops_of(self, scale: str) -> tuple[str, ...]:
+        """Return the ops whose tensor a constant, named as a scale, belongs to."""
+        stem = scale.removesuffix("_scale")
+        owners = {pair.name: (pair.op,) for pair in self.pairs} | dict(self.weights)
+        return owners.get(stem, ())
 
 
 def float_graph(traced: Traced) -> fx.GraphModule:
@@ -146,7 +160,9 @@ class _Rewriting:
                 if identity not in known:
                     name = self._unused(key)
                     known[identity] = self._pair(source, spelling, name)
-                    self._pairs[known[identity]] = Pair(name, marker.name, spelling)
+                    self._pairs[known[identity]] = Pair(
+                        name, marker.name, operand_of(key)[0], spelling
+                    )
                 new = known[identity]
             else:
                 # a graph can only call what has a name
@@ -228,7 +244,9 @@ class _Rewriting:
         """Look rows up in the codes that a product has, transposed: a load folds that."""
         for user in users:
             # the product's constants may come later in the graph than this
-            parts = [str(node.target) for node in values.args[:3] if isinstance(node, fx.Node)]
+            made = values.args[0] if values.target is guarded else values
+            assert isinstance(made, fx.Node)
+            parts = [str(node.target) for node in made.args[:3] if isinstance(node, fx.Node)]
             with self.module.graph.inserting_before(user):
                 table, scale, zero = (self.module.graph.get_attr(part) for part in parts)
             turned = [self._call(user, torch.t, table)]
@@ -276,7 +294,25 @@ class _Rewriting:
             constants = [self._constant(f"{stem}_{part}", value) for part, value in parts]
         extent = codes.axis, codes.group, codes.length
         stored = self._stored(users) if codes.bits == 4 else ""
-        return self._call(before, dequantized, *constants, *extent, stored)
+        values = self._call(before, dequantized, *constants, *extent, stored)
+        if codes.codes.dim() == 2 and self._is_misread(codes, users):
+            values = self._call(before, guarded, values)
+        return values
+
+    def _is_misread(self, codes: WeightCodes, users: list[fx.Node]) -> bool:
+        """Whether ONNX Runtime would multiply integers with scales that it takes for others.
+
+        Before a product with a quantized input it takes every scale for one of a column.
+        """
+        has_columns = not codes.group and codes.scale.dim() < 2 and codes.codes.dtype == torch.int8
+        for user in users:
+            is_turned = user.target in _TURNING
+            products = list(user.users) if is_turned else [user]
+            if not any(arg in self._pairs for product in products for arg in product.args):
+                continue
+            if not has_columns or (codes.scale.dim() and codes.axis != (0 if is_turned else 1)):
+                return True
+        return False
 
     def _stored(self, users: list[fx.Node]) -> str:
         """Say how codes of 4 bits are stored: beside quantized inputs runtimes read int8 only."""

@@ -138,6 +138,12 @@ def dequantized(
     return values if codes.shape[axis] == length else values.narrow(axis, 0, length)
 
 
+def guarded(values: Tensor) -> Tensor:
+    """Return the same values by an op that no runtime looks through."""
+    most = torch.finfo(values.dtype).max
+    return values.clamp(-most, most)
+
+
 def packed_rows(codes: Tensor) -> Tensor:
     """Pack pairs of neighbours of the last axis, an even number, into uint8: `low + 16 · high`."""
     unsigned = (codes.to(torch.int16) + 8).to(torch.uint8)
