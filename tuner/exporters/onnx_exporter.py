@@ -1,11 +1,14 @@
 """The `onnx` and `onnxruntime` targets: a QDQ file, checked and measured in ONNX Runtime."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import onnx
 import onnxruntime
+from torch import Tensor
 
 from tuner.errors import ExportError
 from tuner.exporters.agreement import Run, agreement
@@ -13,8 +16,9 @@ from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_activations import why_not_spelled
 from tuner.exporters.onnx_codes import inputs_of, without_ends
-from tuner.exporters.onnx_file import to_onnx
+from tuner.exporters.onnx_file import OnnxModel, to_onnx
 from tuner.exporters.onnx_graph import QdqGraph, float_graph, qdq_graph
+from tuner.exporters.onnx_kernels import why_not_in_onnx_runtime
 from tuner.exporters.onnx_layers import layer_agreement
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession, optimized_graph
 from tuner.exporters.onnx_weights import why_not_stored
@@ -44,36 +48,17 @@ class OnnxExporter(Exporter):
 
     def export(self, request: ExportRequest) -> ExportReport:
         """Write the file, check it layer by layer and as a whole, and time it beside FP32."""
-        traced = hoisted(request.traced)
-        graph = qdq_graph(traced)
-        model = to_onnx(graph.module, traced)
-        layers = layer_agreement(model, graph.pairs, traced, _load)
-        _refuse_apart(layers)
-        reference = to_onnx(float_graph(traced), traced).to_bytes()
-        files = model.save(file_of(request.path))
-        session = OnnxRuntimeSession(files[0])
-        return ExportReport(
-            target=self.target,
-            files=files,
-            size_bytes=sum(path.stat().st_size for path in files),
-            float_size_bytes=len(reference),
-            agreement=agreement(traced, session.run),
-            layers=layers,
-            latency=latencies(traced, session.run, _load(reference), request.batches),
-            left_float=(*graph.left_float, *self._left_float(request, graph, files[0])),
-            metric=None if request.evaluate is None else request.evaluate(session.run),
-        )
-
-    def _left_float(
-        self, request: ExportRequest, graph: QdqGraph, path: Path
-    ) -> tuple[LeftFloat, ...]:
-        return ()
+        return written(spelled(request), request, self.target, OnnxRuntimeSession)
 
 
 class OnnxRuntimeExporter(OnnxExporter):
     """The same file, of which is checked that ONNX Runtime computes it with integers."""
 
     target = "onnxruntime"
+
+    def why_not(self, op: Op, config: OpConfig) -> str | None:
+        """Return why ONNX Runtime has no low-precision kernel for a choice, None if it has."""
+        return why_not_in_onnx_runtime(op, config)
 
     @property
     def runtime(self) -> str:
@@ -90,19 +75,78 @@ class OnnxRuntimeExporter(OnnxExporter):
         inputs = inputs_of(model, traced.example.with_batch(batch).tensors)
         return partial(session.run, inputs)
 
-    def _left_float(
-        self, request: ExportRequest, graph: QdqGraph, path: Path
-    ) -> tuple[LeftFloat, ...]:
-        return tuple(_in_float(optimized_graph(path), request, graph))
+    def export(self, request: ExportRequest) -> ExportReport:
+        """Do what the onnx target does, and tell what ONNX Runtime computes in float."""
+        found = spelled(request)
+        report = written(found, request, self.target, OnnxRuntimeSession)
+        left = _in_float(optimized_graph(report.files[0]), request, found.graph)
+        return replace(report, left_float=merged(report.left_float, left))
+
+
+@dataclass(frozen=True, eq=False)
+class Spelled:
+    """A quantized model as ONNX, not written yet, and its FP32 counterpart."""
+
+    traced: Traced
+    graph: QdqGraph
+    model: OnnxModel
+    reference: bytes
+
+
+class Session(Protocol):
+    """A model that a runtime has loaded."""
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]: ...
+
+
+def spelled(request: ExportRequest, clips_values: bool = False) -> Spelled:
+    """Return a model as QDQ; for `clips_values` see `qdq_graph`."""
+    traced = hoisted(request.traced)
+    graph = qdq_graph(traced, clips_values)
+    reference = to_onnx(float_graph(traced), traced).to_bytes()
+    return Spelled(traced, graph, to_onnx(graph.module, traced), reference)
+
+
+def written(
+    found: Spelled,
+    request: ExportRequest,
+    target: str,
+    load: Callable[[Path | bytes], Session],
+) -> ExportReport:
+    """Write the file that a runtime loads, once it agrees layer by layer; check and time it."""
+
+    def run_of(model: bytes) -> Run:
+        return load(model).run
+
+    traced = found.traced
+    layers = layer_agreement(found.model, found.graph.pairs, traced, run_of)
+    _refuse_apart(layers)
+    files = found.model.save(file_of(request.path))
+    session = load(files[0])
+    return ExportReport(
+        target=target,
+        files=files,
+        size_bytes=sum(path.stat().st_size for path in files),
+        float_size_bytes=len(found.reference),
+        agreement=agreement(traced, session.run),
+        layers=layers,
+        latency=latencies(traced, session.run, run_of(found.reference), request.batches),
+        left_float=found.graph.left_float,
+        metric=None if request.evaluate is None else request.evaluate(session.run),
+    )
+
+
+def merged(first: Iterable[LeftFloat], second: Iterable[LeftFloat]) -> tuple[LeftFloat, ...]:
+    """Return both, an op with its first reason only."""
+    found: dict[str, LeftFloat] = {}
+    for left in (*first, *second):
+        found.setdefault(left.op, left)
+    return tuple(found.values())
 
 
 def file_of(path: Path) -> Path:
     """Return the file to write: the path itself if it ends in .onnx, else model.onnx in it."""
     return path if path.suffix == ".onnx" else path / "model.onnx"
-
-
-def _load(model: bytes) -> Run:
-    return OnnxRuntimeSession(model).run
 
 
 def _refuse_apart(layers: Iterable[LayerAgreement]) -> None:
@@ -135,22 +179,24 @@ def _in_float(
 ) -> Iterator[LeftFloat]:
     """Yield the ops that ONNX Runtime computes in float: weights that it dequantizes."""
     makers = {name: node for node in optimized.node for name in node.output}
-    stems = {f"{stem}_scale": ops for stem, ops in graph.weights.items()}
     for node in optimized.node:
         if node.op_type not in _PRODUCTS:
             continue
-        sources = [makers[name] for name in node.input[:2] if name in makers]
+        sources = [makers[name] for name in reversed(node.input[:2]) if name in makers]
         dequantized = [s for s in sources if s.op_type == "DequantizeLinear"]
-        if not dequantized:
-            continue
-        ops = next((stems[s.input[1]] for s in dequantized if s.input[1] in stems), (node.name,))
-        yield LeftFloat(", ".join(ops), _why_float(request, ops[0]))
+        if dequantized:
+            # a weight's own op comes before those that share an input
+            owners = [ops for s in dequantized if (ops := graph.ops_of(s.input[1]))]
+            ops = owners[0] if owners else (node.name,)
+            yield LeftFloat(", ".join(ops), _why_float(request, ops[0]))
 
 
 def _why_float(request: ExportRequest, op: str) -> str:
     config = request.plan.get(op)
-    if config is not None and config.inputs is None:
-        return "only its weight is quantized: ONNX Runtime computes such an op in float"
-    if op in request.ops and request.ops[op].type.startswith("Conv"):
-        return "what it gives goes on in float: ONNX Runtime has integer kernels between quantizers"
+    if config is not None and op in request.ops:
+        why = why_not_in_onnx_runtime(request.ops[op], config)
+        if why is not None:
+            return why
+        if request.ops[op].type.startswith("Conv"):
+            return "what it gives goes on in float: integer convolutions are between quantizers"
     return "ONNX Runtime has no integer kernel for it as it stands"

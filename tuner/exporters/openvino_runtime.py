@@ -1,0 +1,64 @@
+"""OpenVINO on the CPU: runs ONNX files on torch tensors, and tells how it computes each op."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import openvino
+import torch
+from torch import Tensor
+
+from tuner.errors import ExportError
+
+_PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq")
+_INTEGER = ("I8", "U8")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How OpenVINO computes one product: its kind, the kernel, and the ONNX nodes that it holds."""
+
+    kind: str
+    primitive: str
+    nodes: tuple[str, ...]
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the kernel multiplies integers."""
+        return self.primitive.endswith(_INTEGER)
+
+
+class OpenVinoSession:
+    """A model compiled by OpenVINO for the CPU, with as many threads as torch has.
+
+    It computes what the file says: what is float stays FP32, and nothing is quantized unasked.
+    Raises ExportError where OpenVINO refuses the model.
+    """
+
+    def __init__(self, source: Path | bytes) -> None:
+        core = openvino.Core()
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        try:
+            self._compiled = core.compile_model(core.read_model(source), "CPU", options)
+        except Exception as error:  # its exceptions have no common base of their own
+            raise ExportError(f"OpenVINO refuses the model: {error}") from error
+        self._request = self._compiled.create_infer_request()
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Run on the inputs, in the order of the file."""
+        arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors]
+        found = self._request.infer(dict(enumerate(arrays)))
+        return [torch.from_numpy(found[output].copy()) for output in self._compiled.outputs]
+
+    def products(self) -> Iterator[Kernel]:
+        """Yield how each product is computed; kernels are known once the model has run."""
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            facts = node.get_rt_info()
+            kind = str(facts["layerType"].get())
+            if kind in _PRODUCTS:
+                names = str(facts["originalLayersNames"].get())
+                yield Kernel(kind, str(facts["primitiveType"].get()), tuple(names.split(",")))
