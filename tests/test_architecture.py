@@ -58,6 +58,7 @@ ORDER = (
     ("sweep_entries", "trainable_model", "training_result", "training_progress"),
     ("session", "sweep", "trainable_preparation", "training", "plan_training"),
     ("quantization", "recipes"),
+    ("cli_tasks", "cli_export"),
     ("cli",),
 )
 RANKS = {f"tuner.{name}": rank for rank, names in enumerate(ORDER) for name in names}

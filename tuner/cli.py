@@ -1,14 +1,10 @@
 """The `tuner` command. Other packages add commands by the entry-point group `tuner.commands`."""
 
-import importlib
-import inspect
 import json
-import os
 import sys
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 from pydantic import ValidationError
@@ -16,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tuner import recipes
+from tuner.cli_export import bench, export
+from tuner.cli_tasks import parts_of, task_of
 from tuner.config import SearchSpace, TuningConfig
 from tuner.criteria import AccuracyGoal
 from tuner.errors import SaveError, TunerError
@@ -103,7 +101,13 @@ def fit(
         bool, typer.Option(help="Rescale, round and correct where that is predicted to help.")
     ] = True,
     strategy: Annotated[str, typer.Option(help="auto, basic, random or tpe.")] = "auto",
-    objective: Annotated[str, typer.Option(help="bops or size.")] = "bops",
+    objective: Annotated[
+        str, typer.Option(help="bops, size, or latency: of the target, on this machine.")
+    ] = "bops",
+    runtime: Annotated[
+        str | None,
+        typer.Option("--target", help="Leave out what this target cannot run with real kernels."),
+    ] = None,
     max_trials: Annotated[int, typer.Option(help="Evaluations beside the FP32 baseline.")] = 50,
     timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None,
     calib_samples: Annotated[int | None, typer.Option(help="Calibration samples to read.")] = None,
@@ -124,8 +128,9 @@ def fit(
         timeout_s=timeout,
         calib_samples=calib_samples,
         seed=seed,
+        target=runtime,
     )
-    model, loader, eval_func = _parts(_function(target)())
+    model, loader, eval_func = parts_of(target)
     tuned = fit_model(model, loader, eval_func, config, storage=storage, study_name=study_name)
     _show(tuned.result)
     if out is not None:
@@ -166,7 +171,7 @@ def sweep(
     if out is not None:
         _make_folder(out)
     result = sweep_model(
-        *_task(target, recipe),
+        *task_of(target, recipe, _out),
         [name.strip() for name in formats.split(",") if name.strip()],
         parts=PARTS if part is None else cast(list[Part], part),
         goal=AccuracyGoal(higher_is_better=not lower_is_better, metric=metric),
@@ -210,45 +215,6 @@ def parse_goal(
         metric=metric,
         at_least=at_least,
     )
-
-
-def _function(target: str) -> Callable[[], Any]:
-    name, _, function = target.partition(":")
-    if not function or not all(name.split(".")):
-        raise TunerError(
-            f"{target!r} names no function: give MODULE:FUNCTION, such as mymodel:task"
-        )
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but one that it imports is not
-        raise TunerError(f"there is no module {name!r} here or on the path") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        names = sorted(n for n, value in vars(module).items() if inspect.isfunction(value))
-        raise TunerError(f"{name!r} has no function {function!r}; it has {', '.join(names)}")
-    return found  # type: ignore[no-any-return]
-
-
-def _parts(value: Any) -> tuple[Any, Any, Any]:
-    if not isinstance(value, tuple) or len(value) != 3:
-        raise TunerError(
-            f"the function returned a {type(value).__name__}: it must return the tuple "
-            "(model, calib_dataloader, eval_func)"
-        )
-    return value
-
-
-def _task(target: str | None, recipe: str) -> tuple[Any, Any, Any]:
-    """Return model, data and eval_func of the user's function, or of a recipe."""
-    if target is not None:
-        return _parts(_function(target)())
-    _out.print(f"[bold]Recipe {recipe}[/]: training, or loading the weights of the last time …")
-    task = recipes.get(recipe).task()
-    _out.print(task.description)
-    return task.model, task.calib_dataloader, task.eval_func
 
 
 def _make_folder(out: Path) -> None:
@@ -299,6 +265,10 @@ def _save(model: QuantizedModel, out: Path) -> None:
     report = model.result.report(out / "report.html")
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     _out.print(f"Saved to {out} ({size / 1024:.0f} KiB of weights); report: {report}")
+
+
+app.command()(export)
+app.command()(bench)
 
 
 def run() -> None:

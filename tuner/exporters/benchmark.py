@@ -1,0 +1,70 @@
+"""The latency of a quantized model beside FP32, in torch and in the target's runtime."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tuner.errors import ExportError
+from tuner.example import Example
+from tuner.exporters.base import Exporter
+from tuner.exporters.targets import exporter
+from tuner.exporters.timing import Timing, interleaved
+from tuner.exporters.tracing import Traced, trace
+from tuner.isolation import isolated_random_state
+from tuner.model import InstrumentedModel
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """Times at one batch size, all measured in turns."""
+
+    batch: int
+    torch_float: Timing
+    runtime_float: Timing
+    runtime_quantized: Timing
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than FP32 in the same runtime."""
+        return self.runtime_float.median_ms / self.runtime_quantized.median_ms
+
+
+def benchmark(
+    model: InstrumentedModel, example: Example, target: str, batches: Iterable[int] = (1, 8)
+) -> tuple[BenchmarkRow, ...]:
+    """Time the plan that is on a model; nothing of the model changes.
+
+    Raises UnknownNameError for an unknown target, ExportError for one that has no runtime here.
+    """
+    sizes = tuple(batches)
+    if not sizes or any(size < 1 for size in sizes):
+        raise ExportError(f"batch sizes are {sizes}: give numbers from 1")
+    found = exporter(target)
+    with isolated_random_state():
+        plain = model.copy()
+        plain.apply({})
+        graphs = trace(plain, example), trace(model, example)
+        return tuple(_row(found, plain, example, graphs, size) for size in sizes)
+
+
+def _row(
+    found: Exporter,
+    plain: InstrumentedModel,
+    example: Example,
+    graphs: tuple[Traced, Traced],
+    size: int,
+) -> BenchmarkRow:
+    floats, quantized = graphs
+    inputs = example.with_batch(size)
+    args, kwargs = inputs.call(inputs.tensors)
+    with torch.no_grad():
+        times = interleaved(
+            {
+                "torch": partial(plain.model, *args, **kwargs),
+                "float": found.compiled(floats, size),
+                "quantized": found.compiled(quantized, size),
+            }
+        )
+    return BenchmarkRow(size, times["torch"], times["float"], times["quantized"])
