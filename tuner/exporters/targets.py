@@ -20,6 +20,7 @@ _TARGETS = {
     "onnx": _Row("tuner.exporters.onnx_exporter", "OnnxExporter", "onnx"),
     "onnxruntime": _Row("tuner.exporters.onnx_exporter", "OnnxRuntimeExporter", "onnx"),
     "openvino": _Row("tuner.exporters.openvino_exporter", "OpenVinoExporter", "openvino"),
+    "torch": _Row("tuner.exporters.torch_exporter", "TorchExporter"),
     "integer": _Row("tuner.exporters.integer_exporter", "IntegerExporter"),
     "calibration": _Row("tuner.exporters.calibration", "CalibrationExporter"),
 }

@@ -44,7 +44,7 @@ class TorchExporter(Exporter):
 
     target = "torch"
 
-    def __init__(self, bf16: bool = False, baselines: bool = True) -> None:
+    def __init__(self, bf16: bool = False, baselines: bool = False) -> None:
         self._bf16 = bf16
         self._baselines = baselines
 
