@@ -50,6 +50,7 @@ class Rescaling:
         self._model = model
         self._data = data
         self._allowed = tuple(n for n in config.search_space.repairs if n in SCALINGS)
+        self._has_target = config.target is not None
         self._seed = config.seed
         self._wanted: dict[Chain, Wanted | None] = {}
         self._floats = FloatValues(model)
@@ -64,7 +65,9 @@ class Rescaling:
         chains = find_chains(model, graph, norms, _fixed(ranged))
         for chain in chains:
             asked = _asked(chain, candidates)
-            if asked or (asked is None and self._allowed):
+            # runtimes fuse a ReLU6 with integer convolutions, but not a cap of every channel
+            is_free = not (chain.caps and self._has_target)
+            if asked or (asked is None and self._allowed and is_free):
                 self._wanted[chain] = asked
                 consumer = chain.consumers[0]
                 axis = channel_axis(model.get_submodule(consumer))

@@ -115,3 +115,26 @@ def test_a_space_of_which_the_target_runs_nothing_is_refused() -> None:
 def test_an_unknown_target_is_refused_with_the_near_ones() -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
         fit(target="onnxrutime")
+
+
+class Capped(nn.Module):
+    """Two layers whose channels differ by far, a ReLU6 between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.cap, self.b = nn.Linear(6, 8), nn.ReLU6(), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.a.weight *= torch.logspace(-2, 0, 8)[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.cap(self.a(x)))
+
+
+@pytest.mark.parametrize(("target", "is_scaled"), [(None, True), ("onnxruntime", False)])
+def test_no_repair_leaves_an_op_that_the_target_cannot_fuse(
+    target: str | None, is_scaled: bool
+) -> None:
+    torch.manual_seed(0)
+    config = TuningConfig(target=target)
+    model = quantization.fit(Capped().eval(), [torch.randn(64, 6)], config=config)
+    assert bool(model._parts.scalings) is is_scaled
