@@ -66,6 +66,7 @@ def to_onnx(graph: fx.GraphModule, traced: Traced) -> OnnxModel:
         written = _written(program, traced, opset)
     model = written.model
     store_small(model)
+    _tell_apart(model)
     _name_axes(model, traced.dynamic)
     return OnnxModel(model)
 
@@ -109,6 +110,16 @@ def _needs_new_types(graph: fx.GraphModule) -> bool:
         return True
     calls = [node.args for node in graph.graph.nodes if node.target is dequantized]
     return any(block or stored for *_, block, _, stored in calls)
+
+
+def _tell_apart(model: ir.Model) -> None:
+    """Rename values within the graph that are called like one of its inputs or outputs."""
+    ends = {*model.graph.inputs, *model.graph.outputs}
+    names = {value.name for value in ends}
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in ends and value.name in names:
+                value.name = f"{value.name}_within"
 
 
 def _name_axes(model: ir.Model, dynamic: Mapping[str, Mapping[int, str]]) -> None:

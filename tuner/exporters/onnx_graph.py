@@ -222,19 +222,21 @@ class _Rewriting:
     def _spell_linear(self, turned: WeightCodes, users: list[fx.Node], stem: str) -> fx.Node:
         """Write x Wᵀ + b as a product with codes `[in, out]`; return the node of its floats.
 
-        Matrices become batches of one: of the product of two matrices and its bias runtimes make
-        one op, which wants a bias of integers, or knows no codes at all.
+        A product with a bias gets an axis more: else ONNX Runtime makes one op of both, which wants
+        a bias of integers too, or knows no codes at all.
         """
         first = next(node for node in self.module.graph.nodes if node in users)
         values = self._values(first, turned, stem, users)
         for user in users:
             x, _, *bias = user.args
             assert isinstance(x, fx.Node)
-            is_matrix = user.meta["val"].dim() == 2
-            x = self._call(user, torch.unsqueeze, x, 0) if is_matrix else x
-            product = self._call(user, torch.matmul, x, values)
-            product = self._call(user, torch.squeeze, product, 0) if is_matrix else product
-            if bias and bias[0] is not None:
+            if not bias or bias[0] is None:
+                product = self._call(user, torch.matmul, x, values)
+            else:
+                product = self._call(
+                    user, torch.matmul, self._call(user, torch.unsqueeze, x, 0), values
+                )
+                product = self._call(user, torch.squeeze, product, 0)
                 product = self._call(user, torch.add, product, bias[0])
             user.replace_all_uses_with(product)
             self.module.graph.erase_node(user)

@@ -80,7 +80,9 @@ def _in_float(
     """Yield the quantized ops that OpenVINO multiplies in float."""
     owners = dict(_owners(found))
     for kernel in session.products():
-        ops = next((owners[name] for name in kernel.nodes if name in owners), ())
+        # a product apart from its bias is called "its name/WithoutBiases"
+        names = (name.partition("/")[0] for name in kernel.nodes)
+        ops = next((owners[name] for name in names if name in owners), ())
         if ops and not kernel.is_integer:
             yield LeftFloat(", ".join(ops), _why_float(request, ops[0], kernel))
 
