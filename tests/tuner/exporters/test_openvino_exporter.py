@@ -1,0 +1,156 @@
+"""The openvino target: the same file, OpenVINO's kernels, and what it says of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tuner.exporters.onnx_nets import (
+    A8,
+    W8,
+    Branches,
+    Exported,
+    exported,
+    floats,
+    only,
+    request,
+    scheme,
+    tokens,
+)
+from tests.tuner.exporters.test_onnx_graph import Tokens
+from tuner import OpConfig, PerChannel, PerGroup
+from tuner.errors import ExportError
+from tuner.exporters.openvino_exporter import OpenVinoExporter
+from tuner.exporters.openvino_kernels import why_not_in_openvino
+from tuner.exporters.openvino_runtime import OpenVinoSession
+from tuner.exporters.targets import exporter
+
+A4 = scheme("uint4", symmetric=False)
+ENDS = OpConfig(weight=W8, inputs=A8, output=A8)
+
+
+class Scores(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.tanh(x).transpose(-1, -2)
+
+
+def behind(module: nn.Module) -> nn.Module:
+    """Give a module an input of its own: OpenVINO has one precision for all that read a tensor."""
+    return nn.Sequential(nn.Tanh(), module)
+
+
+CASES: Mapping[str, tuple[nn.Module, str, OpConfig, bool]] = {
+    "plain": (nn.Linear(32, 24), "", OpConfig(weight=W8, inputs=A8), True),
+    "few": (
+        nn.Linear(32, 24),
+        "",
+        OpConfig(weight=scheme("int4", PerChannel(0)), inputs=A4),
+        True,
+    ),
+    "conv": (behind(nn.Conv1d(6, 6, 3)), ".1", ENDS, True),
+    "few_conv": (
+        behind(nn.Conv1d(6, 6, 3)),
+        ".1",
+        OpConfig(weight=scheme("int4", PerChannel(0)), inputs=A4, output=A4),
+        True,
+    ),
+    "zeros": (
+        nn.Linear(32, 24),
+        "",
+        OpConfig(weight=scheme("uint8", PerChannel(0), symmetric=False), inputs=A8),
+        False,
+    ),
+    "groups": (
+        nn.Linear(32, 24),
+        "",
+        OpConfig(weight=scheme("int8", PerGroup(16, -1)), inputs=A8),
+        False,
+    ),
+    "wide": (nn.Linear(32, 24), "", OpConfig(weight=W8, inputs=scheme("int16")), False),
+    "affine": (Scores(), "/matmul:0", OpConfig(inputs=A8), False),
+    "transposed": (
+        nn.ConvTranspose1d(6, 6, 2),
+        "",
+        OpConfig(weight=scheme("int8", PerChannel(1)), inputs=A8, output=A8),
+        False,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=[True, False])
+def tried(request: pytest.FixtureRequest) -> tuple[Exported, OpenVinoSession]:
+    """Export what is expected to be of integers, then what is not: one may change the other."""
+    torch.manual_seed(0)
+    names = [name for name, (*_, is_integer) in CASES.items() if is_integer == request.param]
+    configs = {f"{name}{CASES[name][1]}": CASES[name][2] for name in names}
+    branches = {name: CASES[name][0] for name in names}
+    model = exported(Branches(**branches), floats(3, 6, 32), only(configs), clips_values=True)
+    session = OpenVinoSession(model.contents)
+    session.run(model.traced.example.tensors)
+    return model, session
+
+
+def test_the_table_says_which_products_are_of_integers(
+    tried: tuple[Exported, OpenVinoSession],
+) -> None:
+    model, session = tried
+    ops = model.quantized._parts.model.ops
+    names = list(model.traced.outputs)
+    expected = []
+    for name in names:
+        _, op, config, is_integer = CASES[name]
+        why = why_not_in_openvino(ops[f"{name}{op}"], config)
+        assert (why is None) == is_integer, (name, why)
+        expected.append(is_integer)
+    assert sorted(kernel.is_integer for kernel in session.products()) == sorted(expected)
+
+
+def test_openvino_gives_what_is_simulated(tried: tuple[Exported, OpenVinoSession]) -> None:
+    model, session = tried
+    inputs = model.traced.example.tensors
+    for name, expected, found in zip(
+        model.traced.outputs, model.traced.simulate(*inputs), session.run(inputs), strict=True
+    ):
+        steps = 1 / 7 if name == "few_conv" else 1 / 100
+        assert (found - expected).abs().max() < steps * expected.abs().max(), name
+
+
+def test_a_report_from_openvino(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Branches(plain=nn.Linear(32, 256), alone=nn.Conv1d(6, 64, 3), table=nn.Linear(32, 256))
+    space = only({"plain": CASES["plain"][2], "alone": OpConfig(weight=W8)})
+    asked = request(net, floats(3, 6, 32), tmp_path, space, batches=(2,))
+    report = exporter("openvino").export(asked)
+    assert report.target == "openvino"
+    assert report.files == (tmp_path / "model.onnx",)
+    assert {entry.op for entry in report.left_float} == {"alone"}
+    assert report.agreement is not None
+    assert report.agreement.max_abs < 1e-4
+    assert [entry.batch for entry in report.latency] == [2]
+    assert "FP32 in ONNX Runtime takes" in report.notes[0]
+
+
+def test_weights_alone_are_exact_and_inputs_stay_float(tmp_path: Path) -> None:
+    asked = request(Tokens(), tokens(), tmp_path, "int4-weight-only", batches=())
+    report = OpenVinoExporter().export(asked)
+    assert report.agreement is not None
+    assert report.agreement.max_abs < 1e-4
+    ids = tokens(2, 9)
+    found = OpenVinoSession(report.files[0]).run([ids])[0]
+    torch.testing.assert_close(found, asked.traced.simulate(ids)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_attention_agrees_one_by_one(tmp_path: Path) -> None:
+    asked = request(Tokens(), tokens(), tmp_path, batches=())
+    report = OpenVinoExporter().export(asked)
+    assert len(report.layers) >= 5
+    assert max(layer.max_steps for layer in report.layers) <= 1
+
+
+def test_a_file_that_openvino_cannot_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(ExportError, match="OpenVINO refuses the model"):
+        OpenVinoSession(path)
