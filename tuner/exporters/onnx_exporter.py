@@ -20,7 +20,7 @@ from tuner.exporters.onnx_file import OnnxModel, to_onnx
 from tuner.exporters.onnx_graph import QdqGraph, float_graph, qdq_graph
 from tuner.exporters.onnx_kernels import why_not_in_onnx_runtime
 from tuner.exporters.onnx_layers import layer_agreement
-from tuner.exporters.onnx_runtime import OnnxRuntimeSession, optimized_graph
+from tuner.exporters.onnx_runtime import SETTINGS, OnnxRuntimeSession, optimized_graph
 from tuner.exporters.onnx_weights import why_not_stored
 from tuner.exporters.report import ExportReport, Latency, LayerAgreement, LeftFloat
 from tuner.exporters.timing import interleaved
@@ -80,7 +80,9 @@ class OnnxRuntimeExporter(OnnxExporter):
         found = spelled(request)
         report = written(found, request, self.target, OnnxRuntimeSession)
         left = _in_float(optimized_graph(report.files[0]), request, found.graph)
-        return replace(report, left_float=merged(report.left_float, left))
+        told = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
+        notes = (*report.notes, f"Checked and timed with session options {told}: take them, too")
+        return replace(report, left_float=merged(report.left_float, left), notes=notes)
 
 
 @dataclass(frozen=True, eq=False)

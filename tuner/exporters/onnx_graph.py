@@ -1,6 +1,5 @@
 """Rewrites a traced graph so that torch.onnx.export writes QDQ: small constants, shared pairs."""
 
-import copy
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ from tuner.exporters.onnx_weights import (
     why_not_stored,
 )
 from tuner.exporters.report import LeftFloat
-from tuner.exporters.tracing import Traced, TracedWeight, is_marker
+from tuner.exporters.tracing import Traced, TracedWeight, copied_graph, is_marker
 
 _LINEAR = torch.ops.aten.linear.default
 _EMBEDDING = torch.ops.aten.embedding.default
@@ -82,7 +81,7 @@ class QdqGraph:
 
 def float_graph(traced: Traced) -> fx.GraphModule:
     """Return the graph without its quantizers: FP32, with the weights as they are simulated."""
-    module = _copied(traced.module)
+    module = copied_graph(traced.module)
     for node in list(module.graph.nodes):
         if is_marker(node):
             node.replace_all_uses_with(node.args[0])
@@ -100,24 +99,13 @@ def qdq_graph(traced: Traced, clips_values: bool = False) -> QdqGraph:
     Raises ExportError for activations that ONNX cannot quantize as the plan says.
     """
     _refuse(traced)
-    rewriting = _Rewriting(_copied(traced.module), clips_values)
+    rewriting = _Rewriting(copied_graph(traced.module), clips_values)
     rewriting.spell_activations(traced)
     left = [found for weight in traced.weights if (found := rewriting.spell_weight(weight))]
     rewriting.module.graph.eliminate_dead_code()
     rewriting.module.recompile()
     _drop_unused(rewriting.module)
     return QdqGraph(rewriting.module, rewriting.pairs(), rewriting.weights, tuple(left))
-
-
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a module with a graph of its own over the same constants."""
-    graph = fx.Graph()
-    found = graph.graph_copy(module.graph, {}, return_output_node=True)
-    assert isinstance(found, tuple)
-    values, output = found
-    graph.output(values).meta = copy.copy(output.meta)
-    graph.set_codegen(copy.copy(module.graph._codegen))
-    return fx.GraphModule(module, graph)
 
 
 def _refuse(traced: Traced) -> None:

@@ -17,6 +17,8 @@ from tuner.exporters.onnx_ops import TENSOR
 from tuner.exporters.report import LayerAgreement
 from tuner.exporters.tracing import Traced
 
+_LEVELS = 127
+
 Runner = Callable[[bytes], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 """Loads a model and returns what runs it."""
 
@@ -25,17 +27,32 @@ Runner = Callable[[bytes], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 def layer_agreement(
     model: OnnxModel, pairs: Sequence[Pair], traced: Traced, load: Runner
 ) -> tuple[LayerAgreement, ...]:
-    """Return how far every integer tensor is from the simulation, in order of execution."""
+    """Return how far every integer tensor is from the simulation, in order of execution.
+
+    The model's outputs come last: a step of theirs is 1/127 of their largest magnitude.
+    """
     forced, kept = _forced(model.model, pairs)
     simulation = traced.simulation()
-    simulation.run(*traced.example.tensors)
+    outputs = simulation.run(*traced.example.tensors)
     codes = [_codes(simulation.reached[pair.marker], pair) for pair in kept]
     run = load(ir.to_proto(forced).SerializeToString())
-    found = run([*traced.example.tensors, *codes])[len(traced.outputs) :]
-    return tuple(
-        _compared(pair, expected, actual)
-        for pair, expected, actual in zip(kept, codes, found, strict=True)
+    found = run([*traced.example.tensors, *codes])
+    count = len(traced.outputs)
+    inner = zip(kept, codes, found[count:], strict=True)
+    ends = zip(traced.outputs, outputs, found[:count], strict=True)
+    return (
+        *(_compared(pair, expected, actual) for pair, expected, actual in inner),
+        *(_ended(*end) for end in ends if end[1].is_floating_point() and end[1].numel()),
     )
+
+
+def _ended(name: str, expected: Tensor, found: Tensor) -> LayerAgreement:
+    wanted, actual = expected.double(), found.double()
+    apart = torch.where(wanted == actual, 0.0, (actual - wanted).abs())  # infinities are equal
+    step = wanted[wanted.isfinite()].abs().amax() / _LEVELS if wanted.isfinite().any() else 1.0
+    steps = apart / torch.as_tensor(step).clamp(min=1e-30)
+    equal = (steps < 1 / _LEVELS).double().mean().item()
+    return LayerAgreement(name, steps.max().item(), equal)
 
 
 def _forced(model: ir.Model, pairs: Sequence[Pair]) -> tuple[ir.Model, list[Pair]]:

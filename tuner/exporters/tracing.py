@@ -1,6 +1,7 @@
 """The graph of a quantized model, traced once: what every exporter begins with."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -158,7 +159,9 @@ def _exported(
     tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
     shapes = tuple(dict.fromkeys(dynamic.get(name, {}), Dim.AUTO) for name in example.names)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # recurrent layers keep their weights in a list beside their parameters
+            warnings.filterwarnings("ignore", message=".*_flat_weights", category=UserWarning)
             return export(flat, tensors, dynamic_shapes={"inputs": shapes}, strict=False)
     except Exception as error:  # whatever the user's code raises under tracing
         raise ExportError(

@@ -185,3 +185,20 @@ def test_ops_outside_presets_are_marked_where_a_rule_quantizes_them() -> None:
     keys = [key for _, key in graph.markers()]
     assert keys[:4] == ["conv|0", "/add:0|0", "/add:0|1", "/add:0|-1"]
     assert torch.equal(graph.simulate(image(4))[0], model(image(4))["logits"])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_traced(kind: type[nn.RNNBase]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = kind(4, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0]
+
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    model = quantized(Recurrent(), [x])
+    graph = traced(model, x)
+    assert torch.equal(graph.simulate(x)[0], model(x))
+    assert all(weight.nodes for weight in graph.weights)
