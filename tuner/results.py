@@ -145,10 +145,7 @@ class TuningResult:
             f"goal      {self.goal.describe(self.baseline)}: {_MET[self.goal_met]}",
             f"accuracy  {_number(self.best.accuracy)} (FP32 {_number(self.baseline)})",
         ]
-        for name, cost in self.best.costs.items():
-            ratio = self.cost_ratio(self.best, name)
-            share = "" if ratio is None else f" ({ratio:.2%} of FP32)"
-            lines.append(f"{name:<9} {cost:.5g}{share}")
+        lines += [self._cost_line(name) for name in self.best.costs if name not in _SPREAD]
         lines.append(
             f"plan      trial {self.best.number}, {self.quantized_ops} of {len(self.best.plan)} "
             "ops quantized"
@@ -213,6 +210,15 @@ class TuningResult:
             ):
                 yield record
 
+    def _cost_line(self, name: str) -> str:
+        costs, ratio = self.best.costs, self.cost_ratio(self.best, name)
+        share = "" if ratio is None else f" ({ratio:.2%} of FP32)"
+        spread = ""
+        if name == "latency_ms" and all(edge in costs for edge in _SPREAD):
+            lower, upper = (f"{costs[edge]:.3g}" for edge in _SPREAD)
+            spread = f", half of the calls took {lower} to {upper}"
+        return f"{name:<9} {costs[name]:.5g}{share}{spread}"
+
     def _pareto_key(self, record: TrialRecord) -> tuple[float, float, int]:
         accuracy = _accuracy(record)
         worse = -accuracy if self.goal.prefers_higher else accuracy
@@ -259,6 +265,7 @@ class TuningResult:
         return {"goal": self.goal.violation(record.accuracy, self.baseline)}
 
 
+_SPREAD = ("latency_lower_ms", "latency_upper_ms")
 _MET = {True: "met", False: "missed", None: "not judged"}
 
 
