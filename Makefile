@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 SOURCES := tuner strategies server tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-service lint format bench clean distclean
+.PHONY: help demo serve test test-service test-export lint format bench clean distclean
 
 help:
 	@echo "make demo    tune a CNN on handwritten digits and show every trial"
@@ -38,6 +38,11 @@ test: $(VENV)/dev.stamp
 test-service: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -o addopts="--strict-markers --import-mode=importlib -ra" \
 		tests/server/test_chaos.py tests/server/browser
+
+# Those that compile and export many models: some five minutes.
+test-export: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -o addopts="--strict-markers --import-mode=importlib -ra" \
+		tests/tuner/exporters
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(SOURCES)

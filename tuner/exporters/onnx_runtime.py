@@ -17,8 +17,8 @@ SETTINGS = {
 }
 """What sessions are told beside the number of threads; those of users should be told the same.
 
-Not session.set_denormal_as_zero, though a softmax over masked scores is seven times as fast with it:
-it changes the arithmetic of the whole thread, for everybody and for good.
+Not session.set_denormal_as_zero, though a softmax over masked scores is seven times as fast with
+it: it changes the arithmetic of the whole thread, for everybody and for good.
 """
 
 
