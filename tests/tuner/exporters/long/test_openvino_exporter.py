@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tuner.exporters.long.test_onnx_graph import Tokens
 from tests.tuner.exporters.onnx_nets import (
     A8,
     W8,
@@ -19,7 +20,6 @@ from tests.tuner.exporters.onnx_nets import (
     scheme,
     tokens,
 )
-from tests.tuner.exporters.test_onnx_graph import Tokens
 from tuner import OpConfig, PerChannel, PerGroup
 from tuner.errors import ExportError
 from tuner.exporters.openvino_exporter import OpenVinoExporter
