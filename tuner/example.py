@@ -68,6 +68,11 @@ class Example:
         tensors = tuple(_resized(t, size) for t in self.tensors)
         return Example(self.names, tensors, self._call)
 
+    def tensors_to_trace(self) -> tuple[Tensor, ...]:
+        """Return the tensors, a batch of one doubled: its length would be taken for a constant."""
+        firsts = {t.shape[0] if t.dim() else None for t in self.tensors}
+        return self.with_batch(2).tensors if firsts == {1} else self.tensors
+
     def dynamic_axes(self, given: Axes | None = None) -> dict[str, dict[int, str]]:
         """Return the axes of each input whose length may change, with their names.
 

@@ -18,9 +18,7 @@ Constants = dict[fx.Node, Tensor]
 def functional(traced: Traced) -> fx.GraphModule:
     """Return the traced graph without ops that work in place."""
     example = traced.example
-    firsts = {t.shape[0] if t.dim() else None for t in example.tensors}
-    # an axis of length 1 would be taken for a constant
-    tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
+    tensors = example.tensors_to_trace()
     shapes = tuple(dict.fromkeys(traced.dynamic.get(name, {}), Dim.AUTO) for name in example.names)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch copies specs that it deprecated

@@ -57,8 +57,7 @@ class OnnxModel:
 def to_onnx(graph: fx.GraphModule, traced: Traced) -> OnnxModel:
     """Return a graph over the inputs and outputs of a traced model as ONNX."""
     example = traced.example
-    firsts = {t.shape[0] if t.dim() else None for t in example.tensors}
-    tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
+    tensors = example.tensors_to_trace()
     shapes = tuple(dict.fromkeys(traced.dynamic.get(n, {}), Dim.AUTO) for n in example.names)
     opset = BLOCKS_FROM if _needs_new_types(graph) else _BASE_OPSET
     with torch.no_grad():

@@ -83,9 +83,7 @@ def exported(module: fx.GraphModule, traced: Traced) -> ExportedProgram:
     Raises ExportError where something in it depends on values of tensors.
     """
     example = traced.example
-    firsts = {t.shape[0] if t.dim() else None for t in example.tensors}
-    # an axis of length 1 would be taken for a constant
-    tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
+    tensors = example.tensors_to_trace()
     axes = [traced.dynamic.get(name, {}) for name in example.names]
     shapes = tuple(dict.fromkeys(named, Dim.AUTO) for named in axes)
     try:

@@ -154,9 +154,7 @@ def trace(model: InstrumentedModel, example: Example, dynamic_axes: Axes | None 
 def _exported(
     flat: nn.Module, example: Example, dynamic: Mapping[str, Mapping[int, str]]
 ) -> ExportedProgram:
-    firsts = {t.shape[0] if t.dim() else None for t in example.tensors}
-    # an axis of length 1 would be taken for a constant
-    tensors = example.with_batch(2).tensors if firsts == {1} else example.tensors
+    tensors = example.tensors_to_trace()
     shapes = tuple(dict.fromkeys(dynamic.get(name, {}), Dim.AUTO) for name in example.names)
     try:
         with torch.no_grad(), warnings.catch_warnings():
