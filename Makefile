@@ -31,8 +31,9 @@ demo: $(VENV)/runtime.stamp
 serve: $(VENV)/runtime.stamp
 	$(BIN)/tuner serve
 
+# A process for each core; the tests of one file stay together, for the models that they share.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 # Those that kill processes and databases, and a browser.
 test-service: $(VENV)/dev.stamp
