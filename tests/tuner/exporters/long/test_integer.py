@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+import tuner
 from tests.tuner.exporters.integer_nets import (
     A8,
     INT8,
@@ -31,7 +32,7 @@ from tuner.exporters.integer_exporter import IntegerExporter, check_layers
 from tuner.exporters.integer_runner import Runner
 from tuner.exporters.report import ExportReport, LayerAgreement
 
-PACKAGE = Path(__file__).parents[3] / "tuner"
+PACKAGE = Path(tuner.__file__).parent
 
 
 @pytest.fixture
