@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import optuna
-import pandas as pd
 from pydantic import ValidationError
 
 from tuner import report
@@ -24,6 +23,9 @@ from tuner.records import (
     describe_config,
     encode_floats,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["OpSummary", "StopReason", "TrialRecord", "TuningResult", "describe_config"]
 
@@ -102,8 +104,10 @@ class TuningResult:
                 front.append(record)
         return tuple(front)
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """Return one row per trial, with its costs, their ratios to FP32 and its metrics."""
+        import pandas as pd  # pandas takes half a second to import
+
         costs = list(
             dict.fromkeys((*self.baseline_costs, *(c for t in self.trials for c in t.costs)))
         )

@@ -6,9 +6,8 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
@@ -29,6 +28,9 @@ from tuner.schemes import OpConfig, TensorScheme
 from tuner.scores import Score
 from tuner.simulate import calibrate_for, check_calib_samples, parameter_shapes
 from tuner.sweep_entries import PARTS, Entry, Part, read_entries, read_parts
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _VERSION = 1
 FORMATS = ("int8", "int7", "int6", "int5", "int4", "int3", "int2")
@@ -79,8 +81,10 @@ class SweepResult:
         """Return the row of a format and a part, None where there is none."""
         return next((r for r in self.rows if (r.format, r.part) == (name, part)), None)
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """Return one row per evaluation; FP32's, the `baseline`, is not among them."""
+        import pandas as pd  # pandas takes half a second to import
+
         names = ("format", "bits", "part", "accuracy", "drop", "meets_goal", "duration_s")
         columns: dict[str, list[Any]] = {n: [getattr(r, n) for r in self.rows] for n in names}
         columns["error"] = [row.reason for row in self.rows]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from tuner.recipes import cache as weights
@@ -48,6 +47,8 @@ class TopOneAccuracy:
 @cache
 def digits() -> Digits:
     """Return the digits, shuffled once and for all: 1000 to train, 797 to test."""
+    from sklearn.datasets import load_digits  # sklearn takes a second to import
+
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
     labels = torch.tensor(bunch.target, dtype=torch.int64)
