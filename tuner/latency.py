@@ -5,6 +5,7 @@ are then measured beside FP32, in turns: what counts in the end is this, and a p
 than FP32 never wins.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from tuner.example import Example
 from tuner.exporters.base import Exporter
 from tuner.exporters.timing import interleaved
 from tuner.exporters.tracing import trace
+from tuner.kernels.build import processor
 from tuner.model import InstrumentedModel
 from tuner.op_times import OpTimes
 from tuner.ops import Op
@@ -43,6 +45,15 @@ class MeasuredLatency:
             "latency_lower_ms": self.lower_ms,
             "latency_upper_ms": self.upper_ms,
         }
+
+
+def circumstances(exporter: Exporter) -> str:
+    """Return what times depend on beside the model: those of other machines cannot be compared.
+
+    Raises ExportError where the target has no runtime that can be timed.
+    """
+    machine = hashlib.sha256(processor().encode()).hexdigest()[:8]
+    return f"{exporter.runtime}, processor {machine}, {torch.get_num_threads()} threads"
 
 
 class LatencyModel:

@@ -13,10 +13,11 @@ from tuner.biases import bias_name, can_correct
 from tuner.config import TuningConfig
 from tuner.costs import CostModel, Costs
 from tuner.data_pass import DataPass
+from tuner.errors import StudyMismatchError
 from tuner.example import Example
 from tuner.exporters.targets import exporter
 from tuner.graph import OpGraph
-from tuner.latency import LatencyModel, latency_model
+from tuner.latency import LatencyModel, circumstances, latency_model
 from tuner.model import InstrumentedModel
 from tuner.observe import CalibratedRanges, Watcher
 from tuner.op_table import Damages
@@ -27,6 +28,7 @@ from tuner.plan import Plan
 from tuner.predictions import Predictions, predicted
 from tuner.presets import Candidate
 from tuner.progress import Progress
+from tuner.records import TrialRecord
 from tuner.recovery.bn_reestimation import keeps_statistics, reestimate_batch_norms
 from tuner.recovery.folding import FoldedPair, find_pairs, fold, folded_names
 from tuner.recovery.rounder import Rounder, can_have
@@ -172,6 +174,30 @@ class Preparation:
             progress.phase("timing ops", None)
             self._latency = latency_model(self.model, self._exporter, self._data.example)
         return self._latency
+
+    def anchor(self, baseline: TrialRecord, progress: Progress) -> None:
+        """Make all times relative to those of a baseline; to be called before `finish`.
+
+        Raises StudyMismatchError where the baseline of a resumed study was never timed.
+        """
+        latency = self.latency(progress)
+        if latency is None:
+            return
+        if "latency_ms" not in baseline.costs:
+            raise StudyMismatchError(
+                "objective='latency' cannot go on with this study: its FP32 baseline was stored "
+                "without a latency_ms. Choose another study_name"
+            )
+        latency.anchor(baseline.costs["latency_ms"])
+
+    def measured_with(self) -> dict[str, str]:
+        """Return what measured costs depend on, which a resumed study must share.
+
+        Raises ExportError where the target cannot be timed.
+        """
+        if self._exporter is None or self._config.objective != "latency":
+            return {}
+        return {"runtime": circumstances(self._exporter)}
 
     def signature(self) -> str:
         """Describe the options of every op, whatever their damage: what a resumed study shares."""

@@ -145,6 +145,7 @@ class _Run:
             space=f"{self._config.search_space.preset} for {self._config.objective} {space}",
             strategy=self._config.strategy,
             seed=self._config.seed,
+            versions=self._preparation.measured_with(),
         )
         store = StudyStore.open(*place, header)
         evaluate = Evaluator(eval_func, self._config.goal.metric, random_state)
@@ -163,9 +164,8 @@ class _Run:
         stored = [TrialRecord.from_dict(record) for record in store.records()]
         baseline = stored[0] if stored else self._baseline(store, evaluate)
         known = store.payload
+        self._preparation.anchor(baseline, self._bar)
         prepared = self._preparation.finish(self._bar, known or None)
-        if prepared.latency is not None:
-            prepared.latency.anchor(baseline.costs["latency_ms"])
         payload = prepared.payload | {"goal": self._config.goal.model_dump(mode="json")}
         if payload != known:
             store.set_payload(payload)

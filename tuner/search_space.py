@@ -82,7 +82,7 @@ class TuningSpace:
     units: tuple[TuningUnit, ...]
     space: Space
     cost_weights: Mapping[str, float]
-    followers: tuple["Follower", ...] = ()
+    followers: tuple[Follower, ...] = ()
 
     def price(self, costs: Mapping[str, float]) -> float:
         """Return what strategies minimise, for a whole model of these costs."""
@@ -287,14 +287,15 @@ def build_space(
     """Return the units, their options' cost in the objective and their predicted damage.
 
     `damages` maps op → configuration → damage. Ops with tied weights become one unit. `leaders`
-    names the ops that follow others, and those: what they harm counts with their first leader.
+    names the ops that follow others, and those: what they harm counts with the first of these that
+    can be quantized.
     """
     units, spaces = [], []
     floats = 0.0
     price = Price(costs, objective, latency)
     followers = _followers(candidates, leaders or {})
-    led = {f.leaders[0]: damages[f.name][f.config] for f in reversed(followers)}
     free = {n: c for n, c in candidates.items() if n not in (leaders or {})}
+    led = _led(followers, free, damages)
     for group in _tied(ops, free):
         members = [ops[name] for name in group]
         choices = _joint_choices(members, candidates)
@@ -318,6 +319,20 @@ def _followers(
 ) -> list[Follower]:
     quantized = {name: candidates[name][0].config for name in leaders if name in candidates}
     return [Follower(name, config, leaders[name]) for name, config in quantized.items()]
+
+
+def _led(
+    followers: Sequence[Follower],
+    free: Mapping[str, object],
+    damages: Mapping[str, Mapping[OpConfig, float]],
+) -> dict[str, float]:
+    """Return what the followers of an op harm as soon as it is quantized, each counted once."""
+    led: dict[str, float] = {}
+    for follower in followers:
+        leader = next((name for name in follower.leaders if name in free), None)
+        if leader is not None:
+            led[leader] = led.get(leader, 0.0) + damages[follower.name][follower.config]
+    return led
 
 
 def _kind(members: Sequence[Op]) -> str:

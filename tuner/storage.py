@@ -118,7 +118,8 @@ class StudyHeader:
     """What must be the same for a study to be resumed.
 
     `model` and `space` are signatures (hashes or short descriptions) of the model and of the
-    options that are searched; `versions` names the software whose change would change results.
+    options that are searched; `versions` names what else results depend on: the runtime and the
+    processor that times were taken on.
     """
 
     model: str

@@ -317,3 +317,32 @@ def test_calibration_methods_that_are_tried(scheme: TensorScheme, methods: list[
 def test_nothing_to_quantize() -> None:
     with pytest.raises(SpaceError, match="nothing in this model can be quantized"):
         Preparation(nn.ReLU(), [torch.randn(2, 3)], None, TuningConfig()).record()
+
+
+def two_sums_after_one() -> Prepared:
+    class TwoSums(nn.Module):
+        """Two sums that follow the same convolution, each with a convolution of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return (y + self.b(x)) * (y + self.c(x))
+
+    torch.manual_seed(0)
+    config = TuningConfig(target="onnxruntime")
+    preparation = Preparation(TwoSums().eval(), [torch.randn(8, 3, 4, 4)], None, config)
+    preparation.record()
+    return preparation.finish(Progress(False))
+
+
+def test_each_sum_that_follows_an_op_counts_among_what_the_op_harms() -> None:
+    ready = two_sums_after_one()
+    assert [f.leaders for f in ready.space.followers] == [("a", "b"), ("a", "c")]
+    option = ready.space.space.units[0].options[0]
+    own = ready.damages["a"][ready.space.units[0].choices[0].configs["a"]]
+    sums = [ready.damages[f.name][f.config] for f in ready.space.followers]
+    assert min(sums) > 0
+    assert option.damage == pytest.approx(own + sum(sums))

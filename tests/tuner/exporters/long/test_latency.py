@@ -1,6 +1,7 @@
 """Latency as the objective: ops are timed alone, whole plans beside FP32."""
 
 import json
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from tuner import (
     TuningConfig,
     quantization,
 )
-from tuner.errors import ExportError
+from tuner.errors import ExportError, StudyMismatchError
 from tuner.exporters.targets import exporter
 from tuner.model import InstrumentedModel
 from tuner.op_times import OpTimes, can_measure
@@ -167,3 +168,26 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     before = {name: t.clone() for name, t in model.model.state_dict().items()}
     OpTimes(exporter("onnxruntime"), tmp_path).time_ms(model, ops["conv"], W8A8)
     assert all(torch.equal(t, before[name]) for name, t in model.model.state_dict().items())
+
+
+def test_a_study_that_was_timed_elsewhere_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    fit(eval_func=eval_func, storage=storage, study_name="s")
+    monkeypatch.setattr("tuner.latency.processor", lambda: "another one")
+    with pytest.raises(StudyMismatchError, match="version of runtime: 'onnxruntime-"):
+        fit(eval_func=eval_func, storage=storage, study_name="s")
+
+
+def test_a_baseline_that_was_never_timed_is_an_error_that_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    fit(eval_func=eval_func, storage=f"sqlite:///{file}", study_name="s")
+    with sqlite3.connect(file) as database:
+        (text,) = database.execute("SELECT record FROM trials WHERE number = 0").fetchone()
+        record = json.loads(text)
+        del record["costs"]["latency_ms"]
+        database.execute("UPDATE trials SET record = ? WHERE number = 0", (json.dumps(record),))
+    database.close()
+    with pytest.raises(StudyMismatchError, match="without a latency_ms"):
+        fit(eval_func=eval_func, storage=f"sqlite:///{file}", study_name="s")
