@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
+from tuner.exporters.torch_fusion import flatten_layers
 from tuner.exporters.torch_spelling import Speller, aten, copied, decomposed
 from tuner.exporters.torch_values import int8_weight, static_codes, why_not_per_token
 from tuner.exporters.tracing import Traced, TracedWeight, is_marker
@@ -60,6 +61,8 @@ def spelled_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.target in _CONVOLUTIONS and _is_integer(node):
             _widen(module, node)
+    layers = [node for node in module.graph.nodes if node.target is aten.linear.default]
+    flatten_layers(module, [node for node in layers if _is_quantized(node)])
     if bf16:
         _lower_to_bf16(module)
     return _cleaned(module)
@@ -181,6 +184,14 @@ def _is_integer(node: fx.Node) -> bool:
         and left.target is decomposed.dequantize_per_tensor.default
         and right.target is decomposed.dequantize_per_channel.default
     )
+
+
+def _is_quantized(layer: fx.Node) -> bool:
+    """Whether a layer is computed with integers, of what is quantized by a known scale."""
+    if not _is_integer(layer):
+        return False
+    codes = _first(layer.args[0])  # type: ignore[arg-type]
+    return codes is not None and codes.target is decomposed.quantize_per_tensor.default
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from tuner import (
     OpConfig,
@@ -18,7 +19,6 @@ from tuner.example import Example
 from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import with_integer_kernels
 from tuner.exporters.torch_graph import integer_products, spelled_graph
-from tuner.exporters.torch_package import exported
 from tuner.exporters.tracing import Traced, trace
 from tuner.quantized_model import QuantizedModel
 
@@ -102,7 +102,7 @@ def test_the_spelled_graph_is_the_simulation(name: str) -> None:
     traced = of_model(Cnn, image(4), space)
     graph = spelled_graph(traced)
     assert integer_products(graph) == integers
-    program = exported(graph, traced).module(check_guards=False)
+    program = traced.exported(graph).module(check_guards=False)
     for n in (4, 7):
         expected = traced.simulate(image(n, 1))[0]
         torch.testing.assert_close(program(image(n, 1))[0], expected, rtol=1e-5, atol=1e-5)
@@ -123,10 +123,42 @@ def test_words(space: str) -> None:
     traced = of_model(Words, words(4), space)
     graph = spelled_graph(traced)
     assert integer_products(graph) == (0 if space == "int4-weight-only" else 2)
-    program = exported(graph, traced).module(check_guards=False)
+    program = traced.exported(graph).module(check_guards=False)
     for tokens in (words(4), words(5, 3)):
         expected = traced.simulate(tokens)[0]
         torch.testing.assert_close(program(tokens)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+class Mlp(nn.Module):
+    """Layers over a sequence; one output of them is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(nn.functional.gelu(self.up(x)))
+        return x + torch.relu(self.out(x))
+
+
+def test_functions_stand_right_behind_the_products_of_sequences() -> None:
+    def sequence(n: int, length: int) -> Tensor:
+        return torch.randn(n, length, 8, generator=torch.Generator().manual_seed(n))
+
+    traced = of_model(Mlp, sequence(4, 6), "int8")
+    graph = spelled_graph(traced)
+    (gelu,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)
+    (user,) = gelu.users
+    assert str(gelu.args[0]).startswith("linear")
+    assert "quantized_decomposed.quantize_per_tensor" in str(user.target)
+    ShapeProp(graph).propagate(sequence(5, 6))
+    layers = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    (relu,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    shapes = [tuple(node.meta["tensor_meta"].shape) for node in (*layers, gelu, relu)]
+    assert shapes == [(30, 24), (30, 8), (30, 8), (30, 24), (30, 8)]
+    program = traced.exported(graph).module(check_guards=False)
+    expected = traced.simulate(sequence(5, 6))[0]
+    torch.testing.assert_close(program(sequence(5, 6))[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_are_stored_as_int8() -> None:
