@@ -2,12 +2,11 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from operator import attrgetter
 
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.export import Dim, export
 
 from tuner.exporters.integer_values import Array
 from tuner.exporters.tracing import Traced, TracedWeight, is_marker
@@ -17,13 +16,10 @@ Constants = dict[fx.Node, Tensor]
 
 def functional(traced: Traced) -> fx.GraphModule:
     """Return the traced graph without ops that work in place."""
-    example = traced.example
-    tensors = example.tensors_to_trace()
-    shapes = tuple(dict.fromkeys(traced.dynamic.get(name, {}), Dim.AUTO) for name in example.names)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch copies specs that it deprecated
-        program = export(traced.module, tensors, dynamic_shapes=shapes, strict=False)
-        graph = program.run_decompositions({}).module(check_guards=False)
+        program = traced.exported(traced.module).run_decompositions({})
+        graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     return graph
 
@@ -33,7 +29,7 @@ def constants_of(graph: fx.GraphModule) -> Constants:
     found: Constants = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
-            value = attribute(graph, str(node.target))
+            value = attrgetter(str(node.target))(graph)
             if isinstance(value, Tensor):
                 found[node] = value.detach()
         elif _follows(node, found):
@@ -55,27 +51,9 @@ def _follows(node: fx.Node, found: Constants) -> bool:
     )
 
 
-def attribute(graph: fx.GraphModule, target: str) -> Any:
-    """Return what a get_attr node stands for."""
-    value: Any = graph
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def weights_of(traced: Traced, constants: Constants) -> dict[fx.Node, TracedWeight]:
     """Return the nodes of the functional graph that are quantized weights."""
-    places = {}
-    nodes = {node.name: node for node in traced.module.graph.nodes}
-    for weight in traced.weights:
-        for name in weight.nodes[:1]:
-            source = nodes[name]
-            rows = slice(None)
-            if source.op != "get_attr":
-                source = source.all_input_nodes[0]
-                rows = slice(*weight.ref.rows or (None,))
-            value = attribute(traced.module, str(source.target))[rows]
-            places[_place(value)] = weight
+    places = {_place(weight.values): weight for weight in traced.weights}
     return {n: places[_place(t)] for n, t in constants.items() if _place(t) in places}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import fx
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram
 
 from tuner.errors import ExportError
 from tuner.exporters.onnx_ops import BLOCKS_FROM, translations
@@ -56,14 +56,10 @@ class OnnxModel:
 
 def to_onnx(graph: fx.GraphModule, traced: Traced) -> OnnxModel:
     """Return a graph over the inputs and outputs of a traced model as ONNX."""
-    example = traced.example
-    tensors = example.tensors_to_trace()
-    shapes = tuple(dict.fromkeys(traced.dynamic.get(n, {}), Dim.AUTO) for n in example.names)
     opset = BLOCKS_FROM if _needs_new_types(graph) else _BASE_OPSET
+    program = traced.exported(graph)
     with torch.no_grad():
-        program = export(graph, tensors, dynamic_shapes=shapes, strict=False)
-        written = _written(program, traced, opset)
-    model = written.model
+        model = _written(program, traced, opset).model
     store_small(model)
     _tell_apart(model)
     _name_axes(model, traced.dynamic)

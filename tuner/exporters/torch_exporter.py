@@ -16,7 +16,6 @@ from tuner.exporters.torch_graph import integer_products, spelled_graph
 from tuner.exporters.torch_latency import latencies, one_thread
 from tuner.exporters.torch_package import (
     compile_package,
-    exported,
     has_compiler,
     integer_kernels,
     load_package,
@@ -60,7 +59,7 @@ class TorchExporter(Exporter):
         """
         traced, path = request.traced, _file(request.path)
         graph = spelled_graph(traced, self._bf16)
-        program = exported(graph, traced)
+        program = traced.exported(graph)
         is_compiled = has_compiler()
         with one_thread():  # the compiler writes the number of threads into the code
             (compile_package if is_compiled else save_program)(program, path)

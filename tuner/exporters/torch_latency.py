@@ -12,7 +12,7 @@ from tuner.exporters.agreement import Run
 from tuner.exporters.report import Latency
 from tuner.exporters.timing import Timing, interleaved
 from tuner.exporters.torch_graph import float_graph
-from tuner.exporters.torch_package import compile_package, exported, load_package
+from tuner.exporters.torch_package import compile_package, load_package
 from tuner.exporters.tracing import Traced
 
 _EAGER, _COMPILED, _BF16, _QUANTIZED = "FP32 eager", "FP32 compiled", "BF16 compiled", "quantized"
@@ -28,7 +28,7 @@ def latencies(
         if compiled:
             for name, bf16 in ((_COMPILED, False), (_BF16, True)):
                 path = Path(folder) / f"{name.replace(' ', '-')}.pt2"
-                compile_package(exported(float_graph(traced, bf16), traced), path)
+                compile_package(traced.exported(float_graph(traced, bf16)), path)
                 contenders[name] = load_package(path)
         measured = {batch: _timed(contenders, traced, batch) for batch in batches}
     found = tuple(_latency(batch, times) for batch, times in measured.items())

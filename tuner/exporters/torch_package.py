@@ -14,12 +14,11 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import InvalidCxxCompiler
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram
 
 from tuner.errors import ExportError
 from tuner.exporters.agreement import Run
 from tuner.exporters.torch_spelling import aten
-from tuner.exporters.tracing import Traced
 
 _KERNELS = ("qlinear_pointwise", "qconv_pointwise", "qconv2d_pointwise")
 _SUM, _ADD = "sum", "add"
@@ -75,25 +74,6 @@ def has_compiler() -> bool:
     except InvalidCxxCompiler:
         return False
     return True
-
-
-def exported(module: fx.GraphModule, traced: Traced) -> ExportedProgram:
-    """Return a graph as a program of ATen ops, with the dynamic axes of the traced model.
-
-    Raises ExportError where something in it depends on values of tensors.
-    """
-    example = traced.example
-    tensors = example.tensors_to_trace()
-    axes = [traced.dynamic.get(name, {}) for name in example.names]
-    shapes = tuple(dict.fromkeys(named, Dim.AUTO) for named in axes)
-    try:
-        with torch.no_grad():
-            return export(module, tensors, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # whatever cannot be traced
-        raise ExportError(
-            f"torch.export cannot trace the quantized graph: {type(error).__name__}: {error}. "
-            "Dynamic activations can be exported with calibration='minmax' only"
-        ) from error
 
 
 def compile_package(program: ExportedProgram, path: Path) -> None:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from operator import setitem
+from operator import attrgetter, setitem
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ from tuner.schemes import TensorScheme
 class TracedWeight:
     """A quantized weight of the graph: the nodes that yield it, and the parts that it is made of.
 
-    `parts` are what `packed_tensor.pack_tensor` gives; the nodes yield its float values, as they
-    are simulated. `ops` are the names of the ops that use it.
+    `parts` are what `packed_tensor.pack_tensor` gives; the nodes yield `values`, its floats as they
+    are simulated, a view of the graph's constant. `ops` are the names of the ops that use it.
     """
 
     ref: WeightRef
     scheme: TensorScheme
     parts: StoredTensor
+    values: Tensor
     shape: tuple[int, ...]
     ops: tuple[str, ...]
     nodes: tuple[str, ...]
@@ -60,6 +61,24 @@ class Traced:
         for node in self.module.graph.nodes:
             if is_marker(node):
                 yield node, str(node.args[1])
+
+    @torch.no_grad()
+    def exported(self, module: fx.GraphModule) -> ExportedProgram:
+        """Export a graph over the inputs of this one, with the same axes free.
+
+        Raises ExportError where something in it depends on values of tensors, or on their lengths.
+        """
+        shapes = _shapes(self.example, self.dynamic, Dim.DYNAMIC)
+        tensors = self.example.tensors_to_trace()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch copies specs it deprecated
+                return export(module, tensors, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # whatever cannot be traced
+            raise ExportError(
+                f"torch.export cannot trace the quantized graph: {type(error).__name__}: {error}. "
+                "Dynamic activations can be exported with calibration='minmax' only"
+            ) from error
 
     @torch.no_grad()
     def simulate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +174,7 @@ def _exported(
     flat: nn.Module, example: Example, dynamic: Mapping[str, Mapping[int, str]]
 ) -> ExportedProgram:
     tensors = example.tensors_to_trace()
-    shapes = tuple(dict.fromkeys(dynamic.get(name, {}), Dim.AUTO) for name in example.names)
+    shapes = _shapes(example, dynamic, Dim.AUTO)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # recurrent layers keep their weights in a list beside their parameters
@@ -166,6 +185,13 @@ def _exported(
             f"torch.export cannot trace this model: {type(error).__name__}: {error}. What leads to "
             "branches that depend on values of tensors must be changed in the model for an export"
         ) from error
+
+
+def _shapes(
+    example: Example, dynamic: Mapping[str, Mapping[int, str]], length: Any
+) -> tuple[dict[int, Any], ...]:
+    """Return what torch.export takes as dynamic_shapes, input by input."""
+    return tuple(dict.fromkeys(dynamic.get(name, {}), length) for name in example.names)
 
 
 def _free_axes(
@@ -220,7 +246,7 @@ def _weights(model: InstrumentedModel, graph: fx.GraphModule) -> Iterator[Traced
     constants = [node for node in graph.graph.nodes if node.op == "get_attr"]
     for key, ref in refs.items():
         parameter = parameters[ref.path]
-        nodes = [n for n in constants if _is_same(_constant(graph, n), parameter)]
+        nodes = [n for n in constants if _is_same(attrgetter(str(n.target))(graph), parameter)]
         if ref.rows is not None:
             nodes = [user for node in nodes for user in node.users if _is_run(user, ref.rows)]
         scheme = model.weights.scheme(ref)
@@ -229,17 +255,11 @@ def _weights(model: InstrumentedModel, graph: fx.GraphModule) -> Iterator[Traced
             ref=ref,
             scheme=scheme,
             parts=model.weights.stored(ref),
+            values=ref.of(parameter),
             shape=tuple(ref.of(parameter).shape),
             ops=tuple(users[key]),
             nodes=tuple(node.name for node in nodes),
         )
-
-
-def _constant(graph: fx.GraphModule, node: fx.Node) -> Any:
-    value: Any = graph
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _is_same(value: Any, parameter: Tensor) -> bool:
