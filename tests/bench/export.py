@@ -1,7 +1,8 @@
 """What exports give: size, agreement with the simulation, time beside FP32 in the same runtime.
 
-Models are tuned for the target with a 1 % goal (`--space int8` by default); ResNet-18 has random
-weights and is quantized by calibration alone. MiniLM is timed on sequences of 128 tokens.
+Models are tuned for the target with a 1 % goal (`--space int8` by default); ResNet-18 and
+MobileNetV2 have random weights and are quantized by calibration alone. MiniLM is timed on sequences
+of 128 tokens.
 """
 
 import argparse
@@ -16,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import machine
 import tables
 import torch
-from export_models import resnet18
+from export_models import RANDOM
 from models import MODELS
 from torch import Tensor
 
@@ -31,9 +32,9 @@ _IMAGES = (16, 3, 224, 224)
 def tuned(name: str, space: str, target: str) -> tuple[QuantizedModel, Any, Any]:
     """Return a model tuned for a target, an example of its inputs, and its eval_func."""
     config = TuningConfig(space=space, target=target, max_trials=_TRIALS)
-    if name == "resnet18":
+    if name in RANDOM:
         images = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(0))
-        model = quantization.fit(resnet18(), [images[:8], images[8:]], config=config)
+        model = quantization.fit(RANDOM[name](), [images[:8], images[8:]], config=config)
         return model, images[:8], None
     task = MODELS[name]()
     found = quantization.fit(task.model, task.calib_dataloader, task.eval_func, config)
@@ -74,7 +75,7 @@ def row(name: str, space: str, target: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what the arguments ask for, and write the table."""
-    names = ("resnet18", *MODELS)
+    names = (*RANDOM, *MODELS)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--targets", nargs="+", default=["onnxruntime", "openvino"])

@@ -1,9 +1,20 @@
 """Models of the sizes that people deploy, randomly initialised: for times and sizes of exports."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 _STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
+_INVERTED = (  # how many times wider within, channels, blocks, stride
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 class BasicBlock(nn.Module):
@@ -50,11 +61,75 @@ class ResNet18(nn.Module):
         return logits
 
 
+class InvertedResidual(nn.Module):
+    """Widens, convolves channel by channel, narrows (MobileNetV2, Sandler et al., CVPR 2018)."""
+
+    def __init__(self, channels: int, out: int, stride: int, factor: int) -> None:
+        super().__init__()
+        wide = channels * factor
+        widening = [convolution(channels, wide, 1)] if factor != 1 else []
+        self.layers = nn.Sequential(
+            *widening,
+            convolution(wide, wide, 3, stride, groups=wide),
+            nn.Conv2d(wide, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+        self.has_shortcut = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + f(x) where the shapes allow it, else f(x)."""
+        y: Tensor = self.layers(x)
+        return x + y if self.has_shortcut else y
+
+
+def convolution(channels: int, out: int, size: int, stride: int = 1, groups: int = 1) -> nn.Module:
+    """Return a convolution with batch norm and ReLU6."""
+    return nn.Sequential(
+        nn.Conv2d(channels, out, size, stride, size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU6(),
+    )
+
+
+class MobileNetV2(nn.Module):
+    """The shape of MobileNetV2 for images [N, 3, 224, 224]; returns logits [N, classes]."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        channels = 32
+        for factor, out, count, stride in _INVERTED:
+            for index in range(count):
+                step = stride if index == 0 else 1
+                blocks.append(InvertedResidual(channels, out, step, factor))
+                channels = out
+        self.features = nn.Sequential(convolution(3, 32, 3, 2), *blocks, convolution(320, 1280, 1))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.classifier(self.features(image).mean((2, 3)))
+        return logits
+
+
 def resnet18(seed: int = 0, classes: int = 1000) -> nn.Module:
     """Return a ResNet-18 with random weights, whose batch norms have seen random images."""
     torch.manual_seed(seed)
-    model = ResNet18(classes)
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(4, 3, 224, 224))
+    return _normalized(ResNet18(classes))
+
+
+def mobilenet_v2(seed: int = 0, classes: int = 1000) -> nn.Module:
+    """Return a MobileNetV2 with random weights, whose batch norms have seen random images."""
+    torch.manual_seed(seed)
+    return _normalized(MobileNetV2(classes))
+
+
+@torch.no_grad()
+def _normalized(model: nn.Module) -> nn.Module:
+    for _ in range(3):
+        model(torch.randn(4, 3, 224, 224))
     return model.eval()
+
+
+RANDOM: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "mobilenet-v2": mobilenet_v2}
+"""The models by name."""
