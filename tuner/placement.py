@@ -3,11 +3,15 @@
 A target takes options away that it has no kernel for, and adds what its kernels need around them:
 an integer convolution gives integers only where what follows reads integers. A residual sum
 therefore has its inputs quantized as soon as a convolution that feeds it is: it follows, and is
-nothing that a strategy must choose.
+nothing that a strategy must choose. What a kernel rounds by itself is put into the options, too, so
+that the simulation rounds the same: biases that count in steps of products, and no output of a
+convolution that adds before it rounds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from tuner.biases import bias_problem
 from tuner.errors import SpaceError
 from tuner.graph import Node, OpGraph
 from tuner.ops import Op
@@ -61,37 +65,90 @@ def runnable(
     return {name: options or [FLOAT] for name, options in found.items()}
 
 
-def residual_sums(graph: OpGraph) -> dict[str, tuple[str, ...]]:
-    """Return the sums of two tensors that a convolution feeds directly, and these convolutions."""
+def with_integer_biases(
+    ops: Mapping[str, Op],
+    candidates: Mapping[str, Sequence[Candidate]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, list[Candidate]]:
+    """Return the candidates, the biases of integer convolutions in steps of their products.
+
+    `shapes` are those of the biases that may be rounded, by name. Rules keep their options.
+    """
+    return {
+        name: [
+            option if option.given else _rounded(ops[name], option, shapes) for option in options
+        ]
+        for name, options in candidates.items()
+    }
+
+
+def _rounded(op: Op, option: Candidate, shapes: Mapping[str, tuple[int, ...]]) -> Candidate:
+    config = option.config.model_copy(update={"bias": TensorScheme(format="int32")})
+    fits = op.type.startswith("Conv") and bias_problem(op, config, shapes) is None
+    return replace(option, config=config) if fits else option
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A residual sum: the convolutions that feed it, and the operand that one of them may add to.
+
+    `added_to` is the first operand that is the output of a convolution and that nothing else reads.
+    """
+
+    leaders: tuple[str, ...]
+    added_to: int | None
+
+
+def residual_sums(graph: OpGraph) -> dict[str, Sum]:
+    """Return the sums of two tensors that a convolution feeds directly, in order of execution."""
     found = {}
     for node in graph.nodes:
         op = graph.ops.get(node.op or "")
         if op is None or op.type not in _SUMS or len(op.activations) != 2:
             continue
-        feeding = [_producer(graph, index) for index in node.inputs]
-        names = [f for f in feeding if f is not None and graph.ops[f].type.startswith("Conv")]
-        if names:
-            found[op.name] = tuple(dict.fromkeys(names))
+        feeding = [_convolution(graph, index) for index in node.inputs]
+        leaders = tuple(dict.fromkeys(path.op for path in feeding if path is not None))
+        alone = (i for i, path in enumerate(feeding) if path is not None and not path.is_shared)
+        if leaders:
+            found[op.name] = Sum(leaders, next(alone, None))
     return found
 
 
-def _producer(graph: OpGraph, index: int) -> str | None:
-    """Return the op whose output a node's is, but for what folding removes."""
+@dataclass(frozen=True)
+class _Path:
+    """The convolution whose output a tensor is, and whether something else reads it, too."""
+
+    op: str
+    is_shared: bool
+
+
+def _convolution(graph: OpGraph, index: int) -> _Path | None:
+    """Return the convolution whose output a node's is, but for what folding removes."""
+    is_shared = False
     while index >= 0:
         node: Node = graph.nodes[index]
+        is_shared |= len(graph.consumers(index)) > 1 or index in graph.outputs
         if node.op is not None:
-            return node.op if node.op in graph.ops else None
+            op = graph.ops.get(node.op)
+            is_convolution = op is not None and op.type.startswith("Conv")
+            return _Path(node.op, is_shared) if is_convolution else None
         if node.function not in _THROUGH or not node.inputs:
             return None
         index = node.inputs[0]
     return None
 
 
-def following(ops: Mapping[str, Op], names: Sequence[str]) -> dict[str, list[Candidate]]:
-    """Return the candidates of ops that follow: both inputs at 8 bits, and FP32."""
+def following(
+    ops: Mapping[str, Op], sums: Mapping[str, Sum], adds: bool
+) -> dict[str, list[Candidate]]:
+    """Return the candidates of sums that follow: their inputs at 8 bits, and FP32.
+
+    Where a convolution `adds` the other operand before it rounds, its own output stays in float.
+    """
     scheme = TensorScheme(format="uint8", symmetric=False, calibration="mse")
     found = {}
-    for name in names:
-        inputs = tuple(scheme for _ in range(ops[name].operand_count))
+    for name, residual in sums.items():
+        skipped = residual.added_to if adds else None
+        inputs = tuple(None if i == skipped else scheme for i in range(ops[name].operand_count))
         found[name] = [Candidate("A8", OpConfig(inputs=inputs)), FLOAT]
     return found

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,13 @@ from tuner.observe import CalibratedRanges, Watcher
 from tuner.op_table import Damages
 from tuner.operands import OUTPUT, Operands, check_operands, static_operands
 from tuner.ops import Op
-from tuner.placement import Followers, following, residual_sums, runnable
+from tuner.placement import (
+    Followers,
+    following,
+    residual_sums,
+    runnable,
+    with_integer_biases,
+)
 from tuner.plan import Plan
 from tuner.predictions import Predictions, predicted
 from tuner.presets import Candidate
@@ -215,9 +222,12 @@ class Preparation:
         if self._exporter is None or target is None:
             return found
         found = runnable(ops, found, self._exporter.why_not, target)
-        self._leaders = residual_sums(self._data.graph) if self._exporter.reads_sums else {}
-        self._leaders = {n: leaders for n, leaders in self._leaders.items() if n not in found}
-        found |= following(ops, list(self._leaders))
+        if self._exporter.rounds_biases:
+            found = with_integer_biases(ops, found, self._own_biases())
+        sums = residual_sums(self._data.graph) if self._exporter.reads_sums else {}
+        sums = {name: residual for name, residual in sums.items() if name not in found}
+        self._leaders = {name: residual.leaders for name, residual in sums.items()}
+        found |= following(ops, sums, self._exporter.adds_before_rounding)
         return {name: found[name] for name in ops if name in found}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -228,6 +238,13 @@ class Preparation:
         for pair in find_pairs(model, graph):  # folding gives these a bias
             shapes.setdefault(bias_name(pair.layer), graph.ops[pair.layer].output_shape[1:2])
         return shapes
+
+    def _own_biases(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all parameters but those that have several names."""
+        parameters = list(self.model.model.named_parameters(remove_duplicate=False))
+        names = Counter(id(parameter) for _, parameter in parameters)
+        shared = {name for name, p in parameters if names[id(p)] > 1}
+        return {name: shape for name, shape in self._shapes().items() if name not in shared}
 
     def _calibrate(self, progress: Progress, watchers: Iterable[Watcher]) -> CalibratedRanges:
         progress.phase("calibrating", None)

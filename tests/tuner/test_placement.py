@@ -46,6 +46,50 @@ def test_sums_that_convolutions_feed_are_quantized_with_them() -> None:
         assert [scheme.format for scheme in config.inputs or ()] == ["uint8", "uint8"]
 
 
+def test_the_output_of_a_convolution_that_adds_is_rounded_once_as_a_sum() -> None:
+    """OpenVINO's kernel adds to the first that nothing else reads, and rounds the sum alone."""
+    plan = fit(target="openvino").plan
+    for name in ("/add:0", "/add:1"):
+        own, other = plan[name].inputs or ()
+        assert own is None
+        assert other.format == "uint8"
+
+
+def test_the_output_of_a_convolution_that_others_read_is_rounded_by_itself() -> None:
+    class Shared(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.head((torch.relu(y) + (y + self.b(y))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    plan = quantization.fit(Shared().eval(), [X], config=TuningConfig(target="openvino")).plan
+    shared, alone = plan["/add:0"].inputs or ()
+    assert alone is None
+    assert shared.format == "uint8"
+
+
+def test_biases_of_convolutions_count_in_steps_of_their_products() -> None:
+    """ONNX Runtime rounds them so, whatever the plan says: the simulation must know."""
+    plan = fit().plan
+    formats = {name: plan[name].bias and plan[name].bias.format for name in ("a", "b", "head")}
+    assert formats == {"a": "int32", "b": "int32", "head": None}
+    for target in (None, "onnx", "openvino"):
+        assert fit(target=target).plan["a"].bias is None
+
+
+def test_biases_of_rules_and_shared_ones_stay_as_they_are() -> None:
+    given = OpConfig(weight=W8, inputs=TensorScheme(format="uint8", symmetric=False))
+    rules = [Rule(names=["a"], options=[given])]
+    assert fit(SearchSpace(preset="int8", rules=rules)).plan["a"].bias is None
+    torch.manual_seed(0)
+    model = Residual().eval()
+    model.short.bias = model.b.bias
+    plan = quantization.fit(model, [X], config=TuningConfig(target="onnxruntime")).plan
+    assert plan["b"].weight is not None
+    assert plan["b"].bias is None
+    assert plan["short"].bias is None
+
+
 def test_without_a_target_sums_stay_float() -> None:
     assert [name for name in fit(target=None).plan if "add" in name] == []
 

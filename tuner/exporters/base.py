@@ -34,11 +34,15 @@ class ExportRequest:
 class Exporter(ABC):
     """One deployment target. `target` is its name.
 
-    `reads_sums` tells whether its integer convolutions want residual sums with quantized inputs.
+    `reads_sums` tells whether its integer convolutions want residual sums with quantized inputs,
+    `adds_before_rounding` whether one of them adds to its own output before that is rounded, and
+    `rounds_biases` whether they count biases in steps of input scale × weight scale.
     """
 
     target: str
     reads_sums = False
+    adds_before_rounding = False
+    rounds_biases = False
 
     @abstractmethod
     def why_not(self, op: Op, config: OpConfig) -> str | None:

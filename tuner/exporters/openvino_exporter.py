@@ -32,6 +32,7 @@ class OpenVinoExporter(Exporter):
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why OpenVINO has no low-precision kernel for an op's choice, None if it has."""
+    adds_before_rounding = True
         return why_not_in_openvino(op, config)
 
     @property
