@@ -16,13 +16,16 @@ from tuner.errors import TunerError
 from tuner.example import Example
 from tuner.exporters.benchmark import BenchmarkRow, benchmark
 from tuner.exporters.exporting import example_of
+from tuner.exporters.targets import targets
 from tuner.quantization import load
 from tuner.quantized_model import QuantizedModel
 
 _out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 _RECIPE_HELP = f"Takes model and data from a recipe: {', '.join(recipes.names())}."
-_TARGET_HELP = "onnx, onnxruntime, openvino, torch, integer, calibration."
+_TARGET_HELP = f"{', '.join(targets())}."
+_RUNTIME_HELP = "onnxruntime, openvino, torch, torch-bf16."
+_BF16 = "-bf16"
 _Directory = Annotated[Path, typer.Argument(help="What QuantizedModel.save() wrote.")]
 _Function = Annotated[
     str | None,
@@ -51,8 +54,13 @@ def export(
     evaluate: Annotated[
         bool, typer.Option(help="Run eval_func on the artifact, too: it may take long.")
     ] = False,
+    bf16: Annotated[
+        bool,
+        typer.Option(help="Compute products that stay float in bfloat16 (with --target torch)."),
+    ] = False,
 ) -> None:
     """Write a saved model for a runtime, check it against the simulation and time it."""
+    target = _lowered(target) if bf16 else target
     model, loader, eval_func = _restored(directory, function, recipe)
     report = model.export(
         directory / target if out is None else out,
@@ -68,7 +76,7 @@ def bench(
     directory: _Directory,
     function: _Function = None,
     recipe: Annotated[str | None, typer.Option(help=_RECIPE_HELP)] = None,
-    target: Annotated[str, typer.Option(help="onnxruntime, openvino.")] = "onnxruntime",
+    target: Annotated[str, typer.Option(help=_RUNTIME_HELP)] = "onnxruntime",
     batch: _Batches = None,
 ) -> None:
     """Time a saved model: FP32 in torch, FP32 and quantized in the runtime, in turns."""
@@ -76,6 +84,15 @@ def bench(
     example = _first(model, loader)
     rows = benchmark(model._parts.model, example, target, (1, 8) if batch is None else batch)
     _out.print(_bench_table(rows, target))
+
+
+def _lowered(target: str) -> str:
+    """Return the target that computes in bfloat16 what another computes in FP32."""
+    known = targets()
+    if target in known and not target.endswith(_BF16) and f"{target}{_BF16}" not in known:
+        able = ", ".join(name.removesuffix(_BF16) for name in known if name.endswith(_BF16))
+        raise TunerError(f"target {target!r} has no bfloat16: give --bf16 with --target {able}")
+    return f"{target.removesuffix(_BF16)}{_BF16}"
 
 
 def _restored(

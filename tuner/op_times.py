@@ -149,7 +149,7 @@ def _compiled(
         plain = plain.model_copy(update={"output": scheme})
     instrumented.apply({} if config.is_float else {alone.name: plain})
     traced = trace(instrumented, Example.of_call(module, inputs, {}))
-    return exporter.compiled(traced, len(inputs[0]), on_codes)
+    return exporter.compiled_alone(traced, on_codes)
 
 
 def _signature(model: InstrumentedModel, op: Op, config: OpConfig) -> str | None:

@@ -66,7 +66,7 @@ class QuantizedModel(nn.Module):
         Args:
             path: the file or folder to write.
             target: one of `tuner.exporters.targets.targets()`: onnx, onnxruntime, openvino, torch,
-                integer, calibration.
+                torch-bf16 (products that stay float in bfloat16), integer, calibration.
             example_inputs: one batch as the calibration data have it; None takes the first batch
                 that fit() read. A loaded model needs one.
             dynamic_axes: input name → its axes whose length may change, named or not. Without it

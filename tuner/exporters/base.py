@@ -56,7 +56,7 @@ class Exporter(ABC):
         """
         raise ExportError(
             f"target {self.target!r} is no runtime that can be timed here: for objective='latency' "
-            "choose onnxruntime or openvino"
+            "choose onnxruntime, openvino or torch"
         )
 
     def compiled(self, traced: Traced, batch: int = 1, on_codes: bool = False) -> Call:
@@ -66,6 +66,10 @@ class Exporter(ABC):
         left out: it takes and gives the codes themselves.
         """
         raise ExportError(f"target {self.target!r} has no runtime: {self.runtime}")
+
+    def compiled_alone(self, traced: Traced, on_codes: bool = False) -> Call:
+        """Return a call of one op: what `compiled` gives, or what is made more quickly."""
+        return self.compiled(traced, len(traced.example.tensors[0]), on_codes)
 
     @abstractmethod
     def export(self, request: ExportRequest) -> ExportReport:

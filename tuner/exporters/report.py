@@ -1,7 +1,7 @@
 """What an export gave: its files, how far it agrees with the simulation, and how fast it is."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ class LayerAgreement:
 class Latency:
     """Median times of one call, FP32 and quantized in the same runtime, measured in turns.
 
-    `spread_ms` are the lower and upper quartiles of the quantized times.
+    `spread_ms` are the lower and upper quartiles of the quantized times. `baselines_ms` are the
+    medians of what else there is without quantization: FP32 compiled, BF16 compiled.
     """
 
     batch: int
     float_ms: float
     quantized_ms: float
     spread_ms: tuple[float, float]
+    baselines_ms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float:
@@ -101,9 +103,14 @@ class ExportReport:
 
 def _latency_line(entry: Latency) -> str:
     lower, upper = entry.spread_ms
+    others = (
+        f", {name} {time:.3g} ms: {time / entry.quantized_ms:.2f}×"
+        for name, time in entry.baselines_ms.items()
+    )
     return (
         f"Latency at batch {entry.batch}: {entry.quantized_ms:.3g} ms "
         f"({lower:.3g} to {upper:.3g}), FP32 {entry.float_ms:.3g} ms: {entry.speedup:.2f}×"
+        + "".join(others)
     )
 
 

@@ -21,6 +21,7 @@ _TARGETS = {
     "onnxruntime": _Row("tuner.exporters.onnx_exporter", "OnnxRuntimeExporter", "onnx"),
     "openvino": _Row("tuner.exporters.openvino_exporter", "OpenVinoExporter", "openvino"),
     "torch": _Row("tuner.exporters.torch_exporter", "TorchExporter"),
+    "torch-bf16": _Row("tuner.exporters.torch_exporter", "TorchBf16Exporter"),
     "integer": _Row("tuner.exporters.integer_exporter", "IntegerExporter"),
     "calibration": _Row("tuner.exporters.calibration", "CalibrationExporter"),
 }

@@ -1,9 +1,14 @@
-"""Times of one call: warmed up, several contenders in turns, medians."""
+"""Times of calls: warmed up, several contenders in turns, medians."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+
+from tuner.exporters.agreement import Run
+from tuner.exporters.report import Latency
+from tuner.exporters.tracing import Traced
 
 _WARM_UP = 3
 
@@ -35,6 +40,45 @@ def interleaved(
         for name, call in calls.items():
             times[name].append(_timed_ms(call))
     return {name: _timing(found) for name, found in times.items()}
+
+
+def latencies(
+    traced: Traced,
+    quantized: Run,
+    reference: Run,
+    batches: Iterable[int],
+    baselines: Mapping[str, Run] | None = None,
+) -> tuple[Latency, ...]:
+    """Time artifacts of one model in turns, at each batch size that it takes.
+
+    `reference` is FP32; `baselines` are further artifacts without quantization, by name.
+    """
+    calls = {"float": reference, "quantized": quantized, **(baselines or {})}
+    found = []
+    for batch in batches:
+        if not takes_batch(traced, batch):
+            continue
+        inputs = traced.example.with_batch(batch).tensors
+        times = interleaved({name: partial(run, inputs) for name, run in calls.items()})
+        mine = times["quantized"]
+        found.append(
+            Latency(
+                batch=batch,
+                float_ms=times["float"].median_ms,
+                quantized_ms=mine.median_ms,
+                spread_ms=(mine.lower_ms, mine.upper_ms),
+                baselines_ms={name: times[name].median_ms for name in baselines or {}},
+            )
+        )
+    return tuple(found)
+
+
+def takes_batch(traced: Traced, size: int) -> bool:
+    """Whether a traced model runs at a batch size: its batch is free, or that of its example."""
+    if any(0 in axes for axes in traced.dynamic.values()):
+        return True
+    pairs = zip(traced.example.tensors, traced.example.with_batch(size).tensors, strict=True)
+    return all(one.shape == other.shape for one, other in pairs)
 
 
 def _timed_ms(call: Callable[[], object]) -> float:

@@ -1,25 +1,29 @@
 """The `torch` target: a `.pt2` package that PyTorch runs with integer kernels on CPU."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
 from tuner.errors import ExportError
 from tuner.exporters.agreement import Run, agreement
-from tuner.exporters.base import Exporter, ExportRequest
+from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.report import ExportReport, Latency, LeftFloat
+from tuner.exporters.timing import latencies, takes_batch
 from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import load_program, save_program
 from tuner.exporters.torch_graph import integer_products, spelled_graph
-from tuner.exporters.torch_latency import latencies, one_thread
+from tuner.exporters.torch_latency import compiled_baselines, eager, one_thread
 from tuner.exporters.torch_package import (
     compile_package,
     has_compiler,
     integer_kernels,
     load_package,
 )
+from tuner.exporters.torch_runtime import alone, loaded, runtime_name
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.schemes import OpConfig
@@ -36,20 +40,45 @@ class TorchExporter(Exporter):
     compiler is found, the file is an exported program (`torch.export.load`) instead.
 
     Args:
-        bf16: compute products that stay float in bfloat16.
         baselines: compile FP32 and BF16 too, to time them beside the package where `batches` are
             asked for; this takes twice as long again as the export.
     """
 
     target = "torch"
+    _bf16 = False
 
-    def __init__(self, bf16: bool = False, baselines: bool = False) -> None:
-        self._bf16 = bf16
+    def __init__(self, baselines: bool = True) -> None:
         self._baselines = baselines
+        self._runs: WeakKeyDictionary[Traced, Run] = WeakKeyDictionary()
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why the target has no low-precision kernel for an op's choice, None if it has."""
         return why_not_integer(op, config)
+
+    @property
+    def runtime(self) -> str:
+        """PyTorch's version, and how its kernels are run: compiled, or one by one."""
+        return runtime_name()
+
+    def compiled(self, traced: Traced, batch: int = 1, on_codes: bool = False) -> Call:
+        """Return a call that runs a traced model's package on its example; it takes no codes.
+
+        A package is compiled once for all batch sizes. Raises ExportError where it cannot be.
+        """
+        if not takes_batch(traced, batch):
+            raise ExportError(
+                f"the model computes with the batch of its example as a constant: it cannot be "
+                f"timed at {batch}. Mend the model, or give calibration batches of {batch}"
+            )
+        inputs = traced.example.with_batch(batch).tensors
+        run = self._runs.get(traced)
+        if run is None:
+            run = self._runs[traced] = loaded(traced, spelled_graph(traced, self._bf16))
+        return partial(run, inputs)
+
+    def compiled_alone(self, traced: Traced, on_codes: bool = False) -> Call:
+        """Return a call that runs one op; torch.compile makes it, as it is quicker at that."""
+        return alone(traced, spelled_graph(traced, self._bf16), on_codes)
 
     def export(self, request: ExportRequest) -> ExportReport:
         """Write the artifact, check it against the simulation, measure it.
@@ -66,10 +95,7 @@ class TorchExporter(Exporter):
             run = checked((load_package if is_compiled else load_program)(path))
             _check_batches(traced, run)
             agreed = agreement(traced, run)
-        times: tuple[tuple[Latency, ...], tuple[str, ...]] = ((), ())
-        if request.batches:
-            compiled = self._baselines and is_compiled
-            times = latencies(traced, run, request.batches, compiled)
+            latency = self._latency(traced, run, request.batches) if request.batches else ()
         kernels = _kernels(graph, path) if is_compiled else _NO_COMPILER
         return ExportReport(
             target=self.target,
@@ -77,11 +103,16 @@ class TorchExporter(Exporter):
             size_bytes=path.stat().st_size,
             float_size_bytes=_float_size(traced),
             agreement=agreed,
-            latency=times[0],
+            latency=latency,
             left_float=tuple(self._left_float(request)),
             metric=None if request.evaluate is None else request.evaluate(run),
-            notes=(kernels, *times[1], _order(traced)),
+            notes=(kernels, *([_ONE_THREAD] if latency else []), _order(traced)),
         )
+
+    def _latency(self, traced: Traced, run: Run, batches: tuple[int, ...]) -> tuple[Latency, ...]:
+        compares = self._baselines and has_compiler()
+        baselines = compiled_baselines(traced) if compares else {}
+        return latencies(traced, run, eager(traced), batches, baselines)
 
     def _left_float(self, request: ExportRequest) -> Iterator[LeftFloat]:
         for name, op in request.ops.items():
@@ -91,6 +122,15 @@ class TorchExporter(Exporter):
             if reason is not None:
                 yield LeftFloat(name, reason)
 
+
+class TorchBf16Exporter(TorchExporter):
+    """The same, products that stay float being computed in bfloat16, sums in FP32."""
+
+    target = "torch-bf16"
+    _bf16 = True
+
+
+_ONE_THREAD = "Times are those of one thread; FP32 is PyTorch's, op by op"
 
 _NO_COMPILER = (
     "No C++ compiler was found: the file is an exported program (torch.export.load), which "

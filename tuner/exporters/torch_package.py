@@ -3,7 +3,7 @@
 import logging
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import InvalidCxxCompiler
@@ -82,8 +83,7 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
     Raises ExportError where the compiler fails, or the file cannot be written.
     """
     config = {
-        "freezing": True,
-        "post_grad_custom_pre_pass": KeepInputs(),
+        **_config(),
         "aot_inductor.enable_line_tables": False,  # a megabyte that only debuggers read
     }
     try:
@@ -93,6 +93,26 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
         raise ExportError(
             f"PyTorch cannot compile the model into {path}: {type(error).__name__}: {error}"
         ) from error
+
+
+def compile_freezing(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compile a graph for inputs of these shapes alone, its constants packed into its kernels.
+
+    It must be called without gradients. Raises ExportError where the compiler fails.
+    """
+    compiled: Callable[..., Any] = torch.compile(module.eval(), dynamic=False)
+    try:
+        with torch.no_grad(), _quiet(), inductor_config.patch(_config()):
+            compiled(*inputs)
+    except Exception as error:  # PyTorch's compiler has no exception of its own
+        raise ExportError(
+            f"PyTorch cannot compile an op alone: {type(error).__name__}: {error}"
+        ) from error
+    return compiled
+
+
+def _config() -> dict[str, Any]:
+    return {"freezing": True, "post_grad_custom_pre_pass": KeepInputs()}
 
 
 def load_package(path: Path) -> Run:

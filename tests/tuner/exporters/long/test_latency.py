@@ -108,7 +108,7 @@ def test_without_eval_func_the_plan_is_measured_too() -> None:
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [(None, "name it"), ("onnx", "choose onnxruntime or openvino")],
+    [(None, "name it"), ("onnx", "choose onnxruntime, openvino or torch")],
 )
 def test_latency_wants_a_runtime(target: str | None, message: str) -> None:
     config = TuningConfig(objective="latency", target=target)

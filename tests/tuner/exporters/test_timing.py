@@ -1,0 +1,61 @@
+"""Artifacts are timed in turns, at the batch sizes that they take."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tuner.example import Example
+from tuner.exporters.report import ExportReport
+from tuner.exporters.timing import latencies, takes_batch
+from tuner.exporters.tracing import Traced, trace
+from tuner.model import InstrumentedModel
+
+
+class _Reshaped(nn.Module):
+    """Computes with its batch as a constant where `size` is given."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__()
+        self._size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self._size is None else x.view(self._size, -1) * 2
+
+
+def traced(size: int | None) -> Traced:
+    model, x = InstrumentedModel(_Reshaped(size)), torch.zeros(4, 3)
+    return trace(model, Example.of_batch(model.model, x))
+
+
+class _Recorder:
+    """An artifact that keeps the sizes that it was called with, and takes its time."""
+
+    def __init__(self, work: int) -> None:
+        self._square = torch.ones(work, work)
+        self.sizes: set[int] = set()
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        self.sizes.add(len(inputs[0]))
+        return (self._square @ self._square,)
+
+
+def test_each_batch_has_its_row_with_all_contenders() -> None:
+    slow, quick, baseline = _Recorder(512), _Recorder(1), _Recorder(1)
+    rows = latencies(traced(None), quick, slow, (1, 8), {"BF16 compiled": baseline})
+    assert [row.batch for row in rows] == [1, 8]
+    assert slow.sizes == quick.sizes == baseline.sizes == {1, 8}
+    for row in rows:
+        assert row.float_ms > 0
+        assert row.spread_ms[0] <= row.quantized_ms <= row.spread_ms[1]
+        assert set(row.baselines_ms) == {"BF16 compiled"}
+    report = ExportReport("torch", (), 1, 4, None, latency=rows)
+    assert report.to_dict()["latency"][0]["baselines_ms"] == dict(rows[0].baselines_ms)
+    assert "BF16 compiled" in report.summary()
+
+
+def test_a_batch_that_is_a_constant_is_timed_alone() -> None:
+    fixed, run = traced(4), _Recorder(1)
+    assert takes_batch(fixed, 4)
+    assert not takes_batch(fixed, 8)
+    assert [row.batch for row in latencies(fixed, run, run, (1, 4, 8))] == [4]
