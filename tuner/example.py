@@ -64,13 +64,31 @@ class Example:
         return call
 
     def with_batch(self, size: int) -> "Example":
-        """Return the example with the first axis of every tensor that has one cut or repeated."""
-        tensors = tuple(_resized(t, size) for t in self.tensors)
+        """Return the example with another batch: first axes as long as that of the first tensor.
+
+        They are cut or repeated.
+        """
+        now = self.batch
+        tensors = tuple(_resized(t, size) if t.dim() and len(t) == now else t for t in self.tensors)
         return Example(self.names, tensors, self._call)
+
+    @property
+    def batch(self) -> int:
+        """The length of the first axis of the first tensor that has one; 1 where none has."""
+        return next((len(tensor) for tensor in self.tensors if tensor.dim()), 1)
+
+    def with_length(self, axes: Mapping[str, Iterable[int]], length: int) -> "Example":
+        """Return the example with these axes, by input, cut or repeated to one length."""
+        tensors = list(self.tensors)
+        for index, name in enumerate(self.names):
+            for axis in axes.get(name, ()):
+                turned = tensors[index].transpose(0, axis)
+                tensors[index] = _resized(turned, length).transpose(0, axis).contiguous()
+        return Example(self.names, tuple(tensors), self._call)
 
     def tensors_to_trace(self) -> tuple[Tensor, ...]:
         """Return the tensors, a batch of one doubled: its length would be taken for a constant."""
-        firsts = {t.shape[0] if t.dim() else None for t in self.tensors}
+        firsts = {t.shape[0] for t in self.tensors if t.dim()}
         return self.with_batch(2).tensors if firsts == {1} else self.tensors
 
     def dynamic_axes(self, given: Axes | None = None) -> dict[str, dict[int, str]]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from tuner.errors import ExportError
+from tuner.example import Example
+from tuner.exporters.probes import apart, named, probes
 from tuner.exporters.report import Agreement
 from tuner.exporters.tracing import Traced
 
@@ -21,12 +23,18 @@ def agreement(traced: Traced, run: Run) -> Agreement:
     """Run an artifact and the simulation on the example, and compare their outputs.
 
     Raises ExportError where the artifact gives other outputs than the model: in number, in shape,
-    or NaN.
+    or NaN; where it changes its inputs; and where it is grossly off at other lengths of free axes.
     """
     inputs = traced.example.tensors
     expected = traced.simulate(*inputs)
+    before = [tensor.clone() for tensor in inputs]
     found = list(run(inputs))
+    _check_inputs(traced, before)
     _check(traced, expected, found)
+    for label, probe in probes(traced):
+        _check_at(traced, run, label, probe)
+    if (why := apart(found, run(inputs))) is not None:
+        raise ExportError(f"the artifact gives other outputs when it is run again: {why}")
     pairs = [_floats(e, f) for e, f in zip(expected, found, strict=True) if e.numel()]
     differences = [(f - e).abs() for e, f in pairs]
     count = sum(d.numel() for d in differences)
@@ -35,7 +43,7 @@ def agreement(traced: Traced, run: Run) -> Agreement:
         mean_abs=sum(d.sum().item() for d in differences) / max(count, 1),
         argmax=_same_argmax(expected[0], found[0]),
         floor=perturbation_floor(traced, expected),
-        samples=next((len(t) for t in inputs if t.dim()), 1),
+        samples=traced.example.batch,
     )
 
 
@@ -62,6 +70,28 @@ def _same_argmax(expected: Tensor, found: Tensor) -> float | None:
     if expected.dim() < 2 or expected.shape[-1] < 2 or not expected.numel():
         return None
     return (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
+
+
+def _check_inputs(traced: Traced, before: Sequence[Tensor]) -> None:
+    for (name, now), old in zip(named(traced.example), before, strict=True):
+        if not torch.equal(old, now) and not old.isnan().any():
+            raise ExportError(f"the artifact overwrites its input {name!r}")
+
+
+def _check_at(traced: Traced, run: Run, label: str, probe: Example) -> None:
+    """Raise ExportError where an artifact cannot run at other lengths as its trace does."""
+    expected = traced.simulate(*probe.tensors)
+    try:
+        why = apart(expected, run(probe.tensors))
+    except Exception as error:  # each runtime has exceptions of its own
+        why = str(error)
+    if why is None:
+        return
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named(probe))
+    raise ExportError(
+        f"the artifact is wrong where the axis {label!r} has another length ({shapes}): {why}. "
+        "Give dynamic_axes without that axis"
+    )
 
 
 def _check(traced: Traced, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:

@@ -1,8 +1,11 @@
 """From a quantized model to an artifact of a target, checked and measured."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tuner.errors import ExportError
 from tuner.evaluation import EvalFunc
@@ -10,13 +13,17 @@ from tuner.example import Axes, Example
 from tuner.exporters.agreement import Run
 from tuner.exporters.artifact import artifact_model
 from tuner.exporters.base import ExportRequest
+from tuner.exporters.probes import faithful_trace, named
 from tuner.exporters.report import ExportReport
 from tuner.exporters.targets import exporter
-from tuner.exporters.tracing import trace
+from tuner.exporters.tracing import Traced
 from tuner.isolation import isolated_random_state
 from tuner.model import InstrumentedModel
 from tuner.plan import Plan
 from tuner.scores import read_score
+
+_OF_ANY_TYPE = ("calibration",)
+"""Targets that only describe a model."""
 
 
 def export_model(
@@ -40,8 +47,10 @@ def export_model(
             "a model that was loaded knows no inputs (they are the user's data, and not saved): "
             "give example_inputs, a batch as the calibration data have it"
         )
+    if target not in _OF_ANY_TYPE:
+        refuse_other_types(model)
     with isolated_random_state():
-        traced = trace(model, example, dynamic_axes)
+        traced = faithful_trace(model, example, dynamic_axes)
 
         def evaluate(run: Run) -> float:
             assert eval_func is not None
@@ -52,10 +61,46 @@ def export_model(
             plan=plan,
             ops=dict(model.ops),
             path=Path(path),
-            batches=batches,
+            batches=_sizes(traced, batches),
             evaluate=None if eval_func is None else evaluate,
         )
-        return found.export(request)
+        report = found.export(request)
+    fixed = () if dynamic_axes is not None else tuple(_fixed_axes(traced))
+    return replace(report, notes=(*report.notes, *fixed))
+
+
+def refuse_other_types(model: InstrumentedModel) -> None:
+    """Raise ExportError where parameters are not fp32: runtimes' quantizers take nothing else."""
+    for name, parameter in model.model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ExportError(
+                f"parameter {name!r} is {str(parameter.dtype).removeprefix('torch.')}: quantized "
+                "models are exported from float32. Convert the model before it is tuned, "
+                "quantization.fit(model.float(), …), or load what was saved into such a model"
+            )
+
+
+def _sizes(traced: Traced, batches: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the batch sizes that the model can be run at; its own where it has no other."""
+    if any(size < 1 for size in batches):
+        raise ExportError(f"batch sizes are {batches}: give numbers from 1")
+    now = traced.example.batch
+    held = [name for name, t in named(traced.example) if t.dim() and len(t) == now]
+    if all(0 in traced.dynamic.get(name, {}) for name in held):
+        return batches
+    return (now,) if batches else ()
+
+
+def _fixed_axes(traced: Traced) -> Iterator[str]:
+    """Say which axes are free by default, but not in this model."""
+    wanted = traced.example.dynamic_axes()
+    for name, tensor in named(traced.example):
+        for axis, label in wanted.get(name, {}).items():
+            if axis not in traced.dynamic.get(name, {}):
+                yield (
+                    f"Axis {axis} ({label}) of {name} is fixed at {tensor.shape[axis]}: the model "
+                    "computes with it as a constant"
+                )
 
 
 def example_of(model: InstrumentedModel, inputs: Any) -> Example:

@@ -18,6 +18,7 @@ from tuner.exporters.onnx_ops import BLOCKS_FROM, translations
 from tuner.exporters.onnx_storage import store_small
 from tuner.exporters.onnx_weights import dequantized
 from tuner.exporters.tracing import Traced
+from tuner.saved_files import staged
 
 _BASE_OPSET = 20
 _EXTERNAL_BYTES = 2_000_000_000
@@ -30,6 +31,13 @@ class OnnxModel:
 
     model: ir.Model
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the constants exceed what one file can hold."""
+        values = self.model.graph.initializers.values()
+        size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
+        return size > _EXTERNAL_BYTES
+
     def to_bytes(self) -> bytes:
         """Return the file's contents."""
         contents: bytes = ir.to_proto(self.model).SerializeToString()
@@ -40,12 +48,10 @@ class OnnxModel:
 
         Raises ExportError where that cannot be done.
         """
-        values = self.model.graph.initializers.values()
-        size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
-        data = f"{path.name}.data" if size > _EXTERNAL_BYTES else None
+        data = f"{path.name}.data" if self.is_large else None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ir.save(self.model, path, external_data=data)
+            with staged(path) as place:
+                ir.save(self.model, place, external_data=data)
         except OSError as error:
             raise ExportError(
                 f"cannot write {str(path)!r}: {error.strerror or error}. Choose a path that can be "

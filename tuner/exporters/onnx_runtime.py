@@ -55,7 +55,12 @@ class OnnxRuntimeSession:
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run on the inputs, in the order of the file."""
         arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors]
-        found = self._session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+        given = dict(zip(self.inputs, arrays, strict=True))
+        try:
+            found = self._session.run(None, given)
+        except Exception as error:  # its exceptions have no common base of their own
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in given.items())
+            raise ExportError(f"ONNX Runtime cannot run the model on {shapes}: {error}") from error
         return [torch.from_numpy(array) for array in found]
 
 

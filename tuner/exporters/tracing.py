@@ -21,6 +21,8 @@ from tuner.packed_tensor import StoredTensor
 from tuner.quantizer import Quantizer
 from tuner.schemes import TensorScheme
 
+_COPY = torch.ops.aten.copy_.default
+
 
 @dataclass(frozen=True, eq=False)
 class TracedWeight:
@@ -163,11 +165,42 @@ def trace(model: InstrumentedModel, example: Example, dynamic_axes: Axes | None 
     flat = _Flat(twin.model, example, tell).eval()
     program = _exported(flat, example, wanted)
     dynamic = _free_axes(program, example, wanted, dynamic_axes is not None)
-    graph = program.module(check_guards=False)
-    assert isinstance(graph, fx.GraphModule)
+    graph = functional(program)
     _check_reached(graph, quantizers)
     weights = tuple(_weights(twin, graph))
-    return Traced(graph, example, tuple(outputs), quantizers, weights, dynamic)
+    names = told_apart(outputs, example.names)
+    return Traced(graph, example, names, quantizers, weights, dynamic)
+
+
+def functional(program: ExportedProgram) -> fx.GraphModule:
+    """Return a program's graph without ops that work in place.
+
+    What it does to its inputs and buffers is left out: an artifact keeps no state.
+    """
+    is_functional = not any(_is_mutable(node) for node in program.graph.nodes)
+    if not is_functional:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch copies specs that it deprecated
+            program = program.run_decompositions({})
+    graph = program.module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    if not is_functional:
+        for node in graph.graph.find_nodes(op="call_function", target=_COPY):
+            graph.graph.erase_node(node)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+    return graph
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def told_apart(outputs: Iterable[str], inputs: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of outputs, those that an input has with `_out` behind: files want that."""
+    taken = set(inputs)
+    return tuple(f"{name}_out" if name in taken else name for name in outputs)
 
 
 def _exported(

@@ -202,3 +202,75 @@ def test_recurrent_layers_are_traced(kind: type[nn.RNNBase]) -> None:
     graph = traced(model, x)
     assert torch.equal(graph.simulate(x)[0], model(x))
     assert all(weight.nodes for weight in graph.weights)
+
+
+class Mutating(nn.Module):
+    """Works in place on what it computes, on its input and on a buffer that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.a(x)
+        h.relu_()
+        h[:, :2] = 0
+        x.mul_(2)
+        return self.b(h) + x[:, :4]
+
+
+def rows(n: int, width: int = 8) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_trace_has_no_op_that_works_in_place() -> None:
+    model = quantized(Mutating(), [rows(6)])
+    graph = traced(model, rows(6))
+    for node in graph.module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        assert schema is None or not schema.is_mutable, node
+    expected = model(rows(6))
+    given = rows(6)
+    for _ in range(2):
+        assert torch.equal(graph.simulate(given)[0], expected)
+    assert torch.equal(given, rows(6))
+
+
+def test_outputs_called_like_an_input_get_a_name_of_their_own() -> None:
+    class Echo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, output: Tensor, scale: Tensor) -> dict[str, Tensor]:
+            return {"scale": self.fc(output) * scale, "output": output}
+
+    batch = {"output": rows(6), "scale": rows(6)}
+    graph = traced(quantized(Echo(), [batch]), batch)
+    assert graph.example.names == ("output", "scale")
+    assert graph.outputs == ("scale_out", "output_out")
+
+
+def test_a_batch_of_one_beside_a_scalar_stays_free() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+            return self.fc(x) * factor
+
+    batch = {"x": rows(1), "factor": torch.tensor(2.0)}
+    model = quantized(Scaled(), [batch])
+    graph = traced(model, batch)
+    assert graph.dynamic["x"] == {0: "batch"}
+    assert torch.equal(graph.simulate(rows(5), torch.tensor(3.0))[0], model(rows(5), 3.0))
+
+
+def test_with_batch_leaves_alone_what_has_no_batch_in_front() -> None:
+    state = torch.zeros(2, 3, 4)
+    example = Example.of_call(nn.Identity(), (rows(3), state), {})
+    assert example.batch == 3
+    assert [len(t) for t in example.with_batch(7).tensors] == [7, 2]
