@@ -22,8 +22,8 @@ from tuner.exporters.onnx_kernels import why_not_in_onnx_runtime
 from tuner.exporters.onnx_layers import layer_agreement
 from tuner.exporters.onnx_runtime import SETTINGS, OnnxRuntimeSession, optimized_graph
 from tuner.exporters.onnx_weights import why_not_stored
-from tuner.exporters.report import ExportReport, Latency, LayerAgreement, LeftFloat
-from tuner.exporters.timing import interleaved
+from tuner.exporters.report import ExportReport, LayerAgreement, LeftFloat
+from tuner.exporters.timing import latencies
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.schemes import OpConfig
@@ -160,21 +160,6 @@ def _refuse_apart(layers: Iterable[LayerAgreement]) -> None:
                 f"({layer.equal:.2%} of its codes are equal): this CPU's integer kernels saturate "
                 "where they add products of 8 bits. Tune with reduce_range=True on the inputs"
             )
-
-
-def latencies(
-    traced: Traced, quantized: Run, reference: Run, batches: Iterable[int]
-) -> tuple[Latency, ...]:
-    """Time two artifacts of one model in turns, at each batch size."""
-    found = []
-    for batch in batches:
-        inputs = traced.example.with_batch(batch).tensors
-        calls = {"float": partial(reference, inputs), "quantized": partial(quantized, inputs)}
-        times = interleaved(calls)
-        mine = times["quantized"]
-        spread = mine.lower_ms, mine.upper_ms
-        found.append(Latency(batch, times["float"].median_ms, mine.median_ms, spread))
-    return tuple(found)
 
 
 def _in_float(

@@ -10,13 +10,14 @@ import onnx_ir as ir
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_codes import inputs_of, without_ends
-from tuner.exporters.onnx_exporter import Spelled, latencies, merged, spelled, written
+from tuner.exporters.onnx_exporter import Spelled, merged, spelled, written
 from tuner.exporters.onnx_file import to_onnx
 from tuner.exporters.onnx_graph import qdq_graph
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
 from tuner.exporters.openvino_kernels import why_not_in_openvino
 from tuner.exporters.openvino_runtime import Kernel, OpenVinoSession
 from tuner.exporters.report import ExportReport, LeftFloat
+from tuner.exporters.timing import latencies
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.schemes import OpConfig
