@@ -16,6 +16,7 @@ from tuner.costs import CostModel, Costs
 from tuner.data_pass import DataPass
 from tuner.errors import StudyMismatchError
 from tuner.example import Example
+from tuner.exporters.exporting import check_model
 from tuner.exporters.targets import exporter
 from tuner.graph import OpGraph
 from tuner.latency import LatencyModel, circumstances, latency_model
@@ -112,7 +113,16 @@ class Preparation:
         self._candidates = self._candidates_of(graph.ops)
         check_operands(graph.ops, self._wanted(graph.ops))
         self.float_costs = CostModel(self.model.model, graph).costs({})
+        self._check_target(graph)
         return graph
+
+    def _check_target(self, graph: OpGraph) -> None:
+        """Raise ExportError where the target cannot run the model, whatever the plan."""
+        if self._exporter is None or self._data.example is None:
+            return
+        twin = self.model.copy()
+        twin.weights.replace_originals(fold(twin.model, tuple(find_pairs(twin.model, graph))))
+        check_model(self._exporter, twin, self._data.example)
 
     def finish(self, progress: Progress, payload: Payload | None = None) -> Prepared:
         """Fold, calibrate and predict damage; a stored payload takes the place of prediction."""

@@ -48,6 +48,10 @@ class Exporter(ABC):
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why the target has no low-precision kernel for an op's choice, None if it has."""
 
+    def check(self, traced: Traced) -> None:
+        """Raise ExportError where the target cannot run a model at all: it is traced in FP32."""
+        return None  # that it could be traced is enough
+
     @property
     def runtime(self) -> str:
         """The runtime's name and version, under which times are kept; raises ExportError if none.

@@ -12,7 +12,7 @@ from tuner.evaluation import EvalFunc
 from tuner.example import Axes, Example
 from tuner.exporters.agreement import Run
 from tuner.exporters.artifact import artifact_model
-from tuner.exporters.base import ExportRequest
+from tuner.exporters.base import Exporter, ExportRequest
 from tuner.exporters.probes import faithful_trace, named
 from tuner.exporters.report import ExportReport
 from tuner.exporters.targets import exporter
@@ -48,7 +48,7 @@ def export_model(
             "give example_inputs, a batch as the calibration data have it"
         )
     if target not in _OF_ANY_TYPE:
-        refuse_other_types(model)
+        _refuse_other_types(model)
     with isolated_random_state():
         traced = faithful_trace(model, example, dynamic_axes)
 
@@ -69,7 +69,21 @@ def export_model(
     return replace(report, notes=(*report.notes, *fixed))
 
 
-def refuse_other_types(model: InstrumentedModel) -> None:
+def check_model(found: Exporter, model: InstrumentedModel, example: Example) -> None:
+    """Raise ExportError where a target cannot run a model at all, before hours go into a plan."""
+    if found.target not in _OF_ANY_TYPE:
+        _refuse_other_types(model)
+    with isolated_random_state():
+        traced = faithful_trace(model, example)
+        try:
+            found.check(traced)
+        except ExportError as error:
+            raise ExportError(
+                f"target {found.target!r} cannot run this model, quantized or not: {error}"
+            ) from error
+
+
+def _refuse_other_types(model: InstrumentedModel) -> None:
     """Raise ExportError where parameters are not fp32: runtimes' quantizers take nothing else."""
     for name, parameter in model.model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:

@@ -54,6 +54,10 @@ class IntegerExporter(Exporter):
             return "products need integers on both sides: quantize its inputs too"
         return None
 
+    def check(self, traced: Traced) -> None:
+        """Raise ExportError for ops that the runner does not know."""
+        GraphWriter(traced, Plan({})).write()
+
     def export(self, request: ExportRequest) -> ExportReport:
         """Write the folder `request.path`, checked before anything of it is written.
 

@@ -22,6 +22,7 @@ from tuner.exporters.onnx_kernels import why_not_in_onnx_runtime
 from tuner.exporters.onnx_layers import layer_agreement
 from tuner.exporters.onnx_runtime import SETTINGS, OnnxRuntimeSession, optimized_graph
 from tuner.exporters.onnx_weights import why_not_stored
+from tuner.exporters.probes import apart
 from tuner.exporters.report import ExportReport, LayerAgreement, LeftFloat
 from tuner.exporters.timing import latencies
 from tuner.exporters.tracing import Traced
@@ -45,6 +46,10 @@ class OnnxExporter(Exporter):
         found = [why_not_spelled(scheme) for scheme in schemes if scheme is not None]
         found += [why_not_stored(config.weight)] if config.weight is not None else []
         return next((why for why in found if why is not None), None)
+
+    def check(self, traced: Traced) -> None:
+        """Raise ExportError where a model cannot be written as ONNX, or ONNX Runtime not run it."""
+        check_float(traced, OnnxRuntimeSession)
 
     def export(self, request: ExportRequest) -> ExportReport:
         """Write the file, check it layer by layer and as a whole, and time it beside FP32."""
@@ -137,6 +142,16 @@ def written(
         left_float=found.graph.left_float,
         metric=None if request.evaluate is None else request.evaluate(session.run),
     )
+
+
+def check_float(traced: Traced, load: Callable[[bytes], Session]) -> None:
+    """Raise ExportError where a runtime does not run the FP32 model as it is."""
+    model = to_onnx(float_graph(traced), traced)
+    if model.is_large:
+        return
+    tensors = traced.example.tensors
+    if (why := apart(traced.simulate(*tensors), load(model.to_bytes()).run(tensors))) is not None:
+        raise ExportError(f"the runtime computes this model otherwise than PyTorch: {why}")
 
 
 def merged(first: Iterable[LeftFloat], second: Iterable[LeftFloat]) -> tuple[LeftFloat, ...]:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_codes import inputs_of, without_ends
-from tuner.exporters.onnx_exporter import Spelled, merged, spelled, written
+from tuner.exporters.onnx_exporter import Spelled, check_float, merged, spelled, written
 from tuner.exporters.onnx_file import to_onnx
 from tuner.exporters.onnx_graph import qdq_graph
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
@@ -35,6 +35,10 @@ class OpenVinoExporter(Exporter):
         """Return why OpenVINO has no low-precision kernel for an op's choice, None if it has."""
     adds_before_rounding = True
         return why_not_in_openvino(op, config)
+
+    def check(self, traced: Traced) -> None:
+        """Raise ExportError where OpenVINO does not run a model."""
+        check_float(traced, OpenVinoSession)
 
     @property
     def runtime(self) -> str:
