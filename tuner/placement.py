@@ -68,24 +68,25 @@ def runnable(
 def with_integer_biases(
     ops: Mapping[str, Op],
     candidates: Mapping[str, Sequence[Candidate]],
+    families: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, list[Candidate]]:
-    """Return the candidates, the biases of integer convolutions in steps of their products.
+    """Return the candidates, the biases of some families of ops in steps of their products.
 
     `shapes` are those of the biases that may be rounded, by name. Rules keep their options.
     """
-    return {
-        name: [
-            option if option.given else _rounded(ops[name], option, shapes) for option in options
-        ]
-        for name, options in candidates.items()
-    }
+    found: dict[str, list[Candidate]] = {}
+    for name, options in candidates.items():
+        is_one = ops[name].type.rstrip("123d") in families
+        found[name] = [_rounded(ops[name], o, shapes) if is_one else o for o in options]
+    return found
 
 
 def _rounded(op: Op, option: Candidate, shapes: Mapping[str, tuple[int, ...]]) -> Candidate:
     config = option.config.model_copy(update={"bias": TensorScheme(format="int32")})
-    fits = op.type.startswith("Conv") and bias_problem(op, config, shapes) is None
-    return replace(option, config=config) if fits else option
+    if option.given or bias_problem(op, config, shapes) is not None:
+        return option
+    return replace(option, config=config)
 
 
 @dataclass(frozen=True)

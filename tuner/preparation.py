@@ -232,8 +232,8 @@ class Preparation:
         if self._exporter is None or target is None:
             return found
         found = runnable(ops, found, self._exporter.why_not, target)
-        if self._exporter.rounds_biases:
-            found = with_integer_biases(ops, found, self._own_biases())
+        rounding = self._exporter.rounds_biases
+        found = with_integer_biases(ops, found, rounding, self._own_biases())
         sums = residual_sums(self._data.graph) if self._exporter.reads_sums else {}
         sums = {name: residual for name, residual in sums.items() if name not in found}
         self._leaders = {name: residual.leaders for name, residual in sums.items()}

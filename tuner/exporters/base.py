@@ -36,13 +36,14 @@ class Exporter(ABC):
 
     `reads_sums` tells whether its integer convolutions want residual sums with quantized inputs,
     `adds_before_rounding` whether one of them adds to its own output before that is rounded, and
-    `rounds_biases` whether they count biases in steps of input scale × weight scale.
+    `rounds_biases` names the ops that count biases in steps of input scale × weight scale, as
+    "Conv" for those of any number of axes.
     """
 
     target: str
     reads_sums = False
     adds_before_rounding = False
-    rounds_biases = False
+    rounds_biases: tuple[str, ...] = ()
 
     @abstractmethod
     def why_not(self, op: Op, config: OpConfig) -> str | None:

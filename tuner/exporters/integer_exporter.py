@@ -37,6 +37,7 @@ class IntegerExporter(Exporter):
     """
 
     target = "integer"
+    rounds_biases = ("Linear", "Conv", "ConvTranspose")
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why an op's choice is no integer arithmetic, None if it is."""

@@ -14,9 +14,9 @@
   `zero_point` are numbers, or keys of tensors that broadcast to x. With `dynamic`, "tensor" or
   "token", the scale comes from x: symmetric from its largest magnitude, else from its range.
 - `integer.requantize`: the same of integers, clamp(zero_point + (x · multiplier) >> (31 + shift),
-  low, high), `multiplier` (int32, Q31) and `shift` keys of tensors that broadcast to x; rounded as
-  gemmlowp does (Jacob et al., CVPR 2018, section 2.2). `low` and `high` may be keys of tensors:
-  a ReLU in between is in them.
+  low, high), `multiplier` (int32, Q31) and `shift` keys of tensors that broadcast to x; rounded
+  once, to nearest with ties up. `low` and `high` may be keys of tensors: a ReLU in between is in
+  them.
 - `integer.linear`, `integer.conv`, `integer.conv_transpose`, `integer.matmul`: sums of products of
   (code − zero point); `bias` int32 in steps of input scale × weight scale, or codes of a scale of
   their own, `bias_multiplier` and `bias_shift` taking them there. `accumulator_bits` is what the
@@ -50,8 +50,9 @@ class Runner:
     """Runs an exported graph.
 
     `accumulator_bits`, `overflow` and `pairs` are those of `Accumulators`; after a run `overflowed`
-    says how many sums of which node did not fit. With `round_once`, what is requantized is rounded
-    once, not twice as gemmlowp does. Raises ValueError for a folder of another format.
+    says how many sums of which node did not fit. With `round_twice`, what is requantized is
+    rounded as gemmlowp does (Jacob et al., CVPR 2018, section 2.2), and some codes are a step off.
+    Raises ValueError for a folder of another format.
     """
 
     def __init__(
@@ -60,21 +61,21 @@ class Runner:
         accumulator_bits: int = 64,
         overflow: Overflow = "saturate",
         pairs: bool = False,
-        round_once: bool = False,
+        round_twice: bool = False,
     ) -> None:
         graph = json.loads((Path(folder) / GRAPH).read_text(encoding="utf-8"))
         if (graph.get("format"), graph.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"{folder} has no graph of the format {FORMAT} {VERSION}")
         tensors = load_file(Path(folder) / WEIGHTS)
         self._set(graph, tensors, Accumulators(accumulator_bits, overflow, pairs))
-        self._once = round_once
+        self._twice = round_twice
 
     @classmethod
     def of(cls, graph: Mapping[str, Any], tensors: Mapping[str, Array]) -> "Runner":
         """Return a runner of a graph that is in memory."""
         runner = cls.__new__(cls)
         runner._set(graph, tensors, Accumulators())
-        runner._once = False
+        runner._twice = False
         return runner
 
     def _set(
@@ -161,7 +162,7 @@ class Runner:
     def requantize(self, node: Node, args: Mapping[str, Any]) -> Integers:
         """Run `integer.requantize`."""
         multiplier, shift = self.number(node["multiplier"]), self.number(node["shift"])
-        steps = rescaled(args["x"].levels, multiplier, shift, self._once)
+        steps = rescaled(args["x"].levels, multiplier, shift, self._twice)
         codes = steps + node["zero_point"]
         low, high = self.number(node["low"]), self.number(node["high"])
         held = np.clip(codes, low, high).astype(np.int32)

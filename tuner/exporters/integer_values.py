@@ -132,18 +132,18 @@ def fixed_point(factor: Array) -> tuple[Array, Array]:
     )
 
 
-def rescaled(sums: Array, multiplier: Array, shift: Array, once: bool = False) -> Array:
-    """Return sums · multiplier · 2^(−31 − shift), rounded twice, as gemmlowp has it.
+def rescaled(sums: Array, multiplier: Array, shift: Array, twice: bool = False) -> Array:
+    """Return sums · multiplier · 2^(−31 − shift), to nearest with ties up.
 
-    First the high half of the doubled product, to nearest with ties up; then the right shift, to
-    nearest with ties away from zero: one in 2^(1 + shift) results is one too far from zero. With
-    `once`, as newer hardware has it, the product is rounded to nearest with ties up. What leaves
-    int32 before the product is saturated.
+    What leaves int32 before the product is saturated. With `twice` it is rounded as gemmlowp does
+    (Jacob et al., CVPR 2018, section 2.2): first the high half of the doubled product, to nearest
+    with ties up; then the right shift, to nearest with ties away from zero. One in 2^(1 + shift)
+    results is then one too far from zero.
     """
     wide = sums.astype(np.int64) << np.clip(-shift.astype(np.int64), 0, 31)
     products = saturated(wide, 32) * multiplier.astype(np.int64)
     right = np.maximum(shift.astype(np.int64), 0)
-    if once:
+    if not twice:
         return np.asarray((products + (_HALF << right)) >> (31 + right))
     high = (products + _HALF) >> 31
     half = (np.int64(1) << right) >> 1

@@ -60,7 +60,7 @@ class OnnxRuntimeExporter(OnnxExporter):
     """The same file, of which is checked that ONNX Runtime computes it with integers."""
 
     target = "onnxruntime"
-    rounds_biases = True
+    rounds_biases = ("Conv",)
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why ONNX Runtime has no low-precision kernel for a choice, None if it has."""

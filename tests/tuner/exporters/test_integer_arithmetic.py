@@ -35,7 +35,7 @@ def test_rescaling_is_within_two_roundings_of_the_exact_product() -> None:
     sums = RANDOM.integers(-(2**31), 2**31, 2000)
     for factor in (0.7, 0.0123, 3.3e-5, 1.9e-9):
         multiplier, shift = fixed_point(np.asarray(factor))
-        found = rescaled(sums, multiplier, shift)
+        found = rescaled(sums, multiplier, shift, twice=True)
         scale = Fraction(int(multiplier)) * Fraction(2) ** -(31 + int(shift))
         reach = Fraction(1, 2) + Fraction(1, 2 ** (1 + int(shift)))
         assert max(abs(int(f) - int(s) * scale) for f, s in zip(found, sums, strict=True)) <= reach
@@ -45,9 +45,9 @@ def test_one_rounding_is_to_the_nearest() -> None:
     sums = RANDOM.integers(-(2**31), 2**31, 2000)
     multiplier, shift = fixed_point(np.asarray(0.0123))
     scale = Fraction(int(multiplier)) * Fraction(2) ** -(31 + int(shift))
-    found = rescaled(sums, multiplier, shift, once=True)
+    found = rescaled(sums, multiplier, shift)
     assert found.tolist() == [round(int(s) * scale) for s in sums]
-    assert (found != rescaled(sums, multiplier, shift)).any()
+    assert (found != rescaled(sums, multiplier, shift, twice=True)).any()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_one_rounding_is_to_the_nearest() -> None:
 )
 def test_ties_go_as_in_gemmlowp(total: int, shift: int, expected: int) -> None:
     # times one half: the doubled high half rounds ties up, the shift away from zero
-    found = rescaled(np.asarray([total]), np.asarray(2**30), np.asarray(shift))
+    found = rescaled(np.asarray([total]), np.asarray(2**30), np.asarray(shift), twice=True)
     assert found.tolist() == [expected]
 
 

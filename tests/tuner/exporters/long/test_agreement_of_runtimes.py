@@ -8,7 +8,7 @@ from tuner import TuningConfig, quantization, recipes
 from tuner.batches import read_batches
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "integer"])
 def test_a_runtime_agrees_as_well_as_the_simulation_with_itself(
     target: str, tmp_path: Path
 ) -> None:

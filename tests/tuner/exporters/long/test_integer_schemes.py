@@ -192,7 +192,7 @@ def test_a_layer_is_that_of_onnx_runtime(folder: Path) -> None:
     )
     conv = next(n for n in graph["nodes"] if n["op"] == "integer.conv")
     reached: dict = {}
-    Runner(folder, round_once=True).run(image().numpy(), reached=reached)
+    Runner(folder).run(image().numpy(), reached=reached)
     node = helper.make_node(
         "QLinearConv",
         ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b"],
@@ -213,6 +213,11 @@ def test_a_layer_is_that_of_onnx_runtime(folder: Path) -> None:
     difference = np.abs(reached[requantize["name"]].codes - clamped)
     assert difference.max() <= 1
     assert (difference == 0).mean() > 0.999
+    once = reached[requantize["name"]].codes
+    Runner(folder, round_twice=True).run(image().numpy(), reached=reached)
+    twice = reached[requantize["name"]].codes
+    assert np.abs(twice - once).max() == 1
+    assert (twice != clamped).mean() > (once != clamped).mean()
 
 
 def onnx_run(node: object, constants: dict, x: np.ndarray, kind: type) -> np.ndarray:
