@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tuner.biases import bias_problem
 from tuner.errors import ExportError
 from tuner.evaluation import EvalFunc
 from tuner.example import Axes, Example
@@ -20,6 +21,7 @@ from tuner.exporters.tracing import Traced
 from tuner.isolation import isolated_random_state
 from tuner.model import InstrumentedModel
 from tuner.plan import Plan
+from tuner.schemes import TensorScheme
 from tuner.scores import read_score
 
 _OF_ANY_TYPE = ("calibration",)
@@ -66,7 +68,7 @@ def export_model(
         )
         report = found.export(request)
     fixed = () if dynamic_axes is not None else tuple(_fixed_axes(traced))
-    return replace(report, notes=(*report.notes, *fixed))
+    return replace(report, notes=(*report.notes, *fixed, *_rounded_otherwise(found, model, plan)))
 
 
 def check_model(found: Exporter, model: InstrumentedModel, example: Example) -> None:
@@ -115,6 +117,33 @@ def _fixed_axes(traced: Traced) -> Iterator[str]:
                     f"Axis {axis} ({label}) of {name} is fixed at {tensor.shape[axis]}: the model "
                     "computes with it as a constant"
                 )
+
+
+def _rounded_otherwise(found: Exporter, model: InstrumentedModel, plan: Plan) -> Iterator[str]:
+    """Say what the target's kernels round that the plan does not say, or the other way round."""
+    shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
+    counted = TensorScheme(format="int32")
+    biases = sums = 0
+    for name, op in model.ops.items():
+        config = plan.get(name)
+        if config is None:
+            continue
+        with_bias = config.model_copy(update={"bias": counted})
+        is_one = op.type.rstrip("123d") in found.rounds_biases and config.bias is None
+        biases += is_one and bias_problem(op, with_bias, shapes) is None
+        is_sum = op.type == "add" and None not in map(config.input_scheme, op.activations)
+        sums += is_sum and found.adds_before_rounding
+    tuned = f"a plan that is tuned with target={found.target!r} agrees better"
+    if biases:
+        yield (
+            f"{found.target} rounds {biases} biases to steps of input scale × weight scale, which "
+            f"are float in the plan: {tuned}"
+        )
+    if sums:
+        yield (
+            f"{found.target} may round the result of {sums} sums alone, where the plan rounds what "
+            f"is added, too: {tuned}"
+        )
 
 
 def example_of(model: InstrumentedModel, inputs: Any) -> Example:
