@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tuner.errors import ExportError
 from tuner.example import Example
-from tuner.exporters.probes import apart, named, probes
+from tuner.exporters.probes import GROSS, apart, named, probes
 from tuner.exporters.report import Agreement
 from tuner.exporters.tracing import Traced
 
@@ -31,8 +31,9 @@ def agreement(traced: Traced, run: Run) -> Agreement:
     found = list(run(inputs))
     _check_inputs(traced, before)
     _check(traced, expected, found)
+    floor = perturbation_floor(traced, expected)
     for label, probe in probes(traced):
-        _check_at(traced, run, label, probe)
+        _check_at(traced, run, label, probe, floor)
     if (why := apart(found, run(inputs))) is not None:
         raise ExportError(f"the artifact gives other outputs when it is run again: {why}")
     pairs = [_floats(e, f) for e, f in zip(expected, found, strict=True) if e.numel()]
@@ -42,7 +43,7 @@ def agreement(traced: Traced, run: Run) -> Agreement:
         max_abs=max((d.max().item() for d in differences), default=0.0),
         mean_abs=sum(d.sum().item() for d in differences) / max(count, 1),
         argmax=_same_argmax(expected[0], found[0]),
-        floor=perturbation_floor(traced, expected),
+        floor=floor,
         samples=traced.example.batch,
     )
 
@@ -78,11 +79,15 @@ def _check_inputs(traced: Traced, before: Sequence[Tensor]) -> None:
             raise ExportError(f"the artifact overwrites its input {name!r}")
 
 
-def _check_at(traced: Traced, run: Run, label: str, probe: Example) -> None:
-    """Raise ExportError where an artifact cannot run at other lengths as its trace does."""
+def _check_at(traced: Traced, run: Run, label: str, probe: Example, floor: float) -> None:
+    """Raise ExportError where an artifact cannot run at other lengths as its trace does.
+
+    Differences up to the simulation's own `floor` say nothing of the artifact.
+    """
     expected = traced.simulate(*probe.tensors)
+    largest = max((e.double().abs().max().item() for e in expected if e.numel()), default=0.0)
     try:
-        why = apart(expected, run(probe.tensors))
+        why = apart(expected, run(probe.tensors), max(GROSS, floor / max(largest, 1e-30)))
     except Exception as error:  # each runtime has exceptions of its own
         why = str(error)
     if why is None:

@@ -10,7 +10,7 @@ from tuner.example import Axes, Example, outputs_of
 from tuner.exporters.tracing import Traced, trace
 from tuner.model import InstrumentedModel
 
-_GROSS = 0.1
+GROSS = 0.1
 """Of the largest output: what no rounding does, but a branch that was not taken."""
 
 _AGAIN = 1e-3
@@ -75,7 +75,7 @@ def named(example: Example) -> Iterator[tuple[str, Tensor]]:
     yield from zip(example.names, example.tensors, strict=True)
 
 
-def apart(expected: Sequence[Tensor], found: Sequence[Tensor], most: float = _GROSS) -> str | None:
+def apart(expected: Sequence[Tensor], found: Sequence[Tensor], most: float = GROSS) -> str | None:
     """Say how outputs are others than expected; None where they are not.
 
     `most` is the largest difference that counts for nothing, as a share of the largest output.
