@@ -96,13 +96,18 @@ def symmetric_columns(op: Op, index: int, scheme: TensorScheme | None) -> str | 
     return columns(op, index, scheme)
 
 
-def symmetric_codes(op: Op, index: int, scheme: TensorScheme | None) -> str | None:
-    """Ask for static integers without zero points; probabilities never have one."""
-    is_probability = op.type == "scaled_dot_product_attention" and index == 2
-    if scheme is not None and is_probability and scheme.symmetric:
-        return "integer kernels want probabilities without a sign, as uint8 with symmetric=False"
-    if scheme is not None and not is_probability and not _has_no_zero_point(scheme):
-        return "products of two activations are of integers without zero points only: use int8"
+def unsigned_by_signed(op: Op, index: int, scheme: TensorScheme | None) -> str | None:
+    """Ask for a first operand without a sign, which must have no zero point, and signed others."""
+    if scheme is not None and index == 0 and (scheme.symmetric or scheme.quant_range[0] < 0):
+        return (
+            "products of two activations are of integers where the first is never negative only: "
+            "use uint8 with symmetric=False for that, and int8 for the second"
+        )
+    if scheme is not None and index > 0 and not _has_no_zero_point(scheme):
+        return (
+            "products of two activations are of integers where the second has no zero point only: "
+            "use int8 for that, and uint8 for the first, which must not be negative"
+        )
     return codes(op, index, scheme)
 
 

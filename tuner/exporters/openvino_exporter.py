@@ -5,23 +5,26 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
+import onnx
 import onnx_ir as ir
 
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_codes import inputs_of, without_ends
 from tuner.exporters.onnx_exporter import Spelled, check_float, merged, spelled, written
-from tuner.exporters.onnx_file import to_onnx
+from tuner.exporters.onnx_file import OnnxModel, to_onnx
 from tuner.exporters.onnx_graph import qdq_graph
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
-from tuner.exporters.openvino_kernels import why_not_in_openvino
-from tuner.exporters.openvino_runtime import Kernel, OpenVinoSession
+from tuner.exporters.openvino_graph import fusible
+from tuner.exporters.openvino_kernels import better_in_float, why_not_in_openvino
+from tuner.exporters.openvino_runtime import SETTINGS, Kernel, OpenVinoSession
 from tuner.exporters.report import ExportReport, LeftFloat
 from tuner.exporters.timing import latencies
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.schemes import OpConfig
 
+_TOLD = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
 _PASSED = ("Unsqueeze", "Squeeze", "Transpose", "Reshape", "Slice", "Clip", "Pad")
 
 
@@ -30,10 +33,10 @@ class OpenVinoExporter(Exporter):
 
     target = "openvino"
     reads_sums = True
+    adds_before_rounding = True
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why OpenVINO has no low-precision kernel for an op's choice, None if it has."""
-    adds_before_rounding = True
         return why_not_in_openvino(op, config)
 
     def check(self, traced: Traced) -> None:
@@ -48,7 +51,7 @@ class OpenVinoExporter(Exporter):
     def compiled(self, traced: Traced, batch: int = 1, on_codes: bool = False) -> Call:
         """Return a call that runs a traced model on its example, with codes where it is told so."""
         prepared = hoisted(traced)
-        model = to_onnx(qdq_graph(prepared, clips_values=True).module, prepared)
+        model = fusible(to_onnx(qdq_graph(prepared, clips_values=True).module, prepared))
         if on_codes:
             model = without_ends(model)
         session = OpenVinoSession(model.to_bytes())
@@ -56,14 +59,36 @@ class OpenVinoExporter(Exporter):
 
     def export(self, request: ExportRequest) -> ExportReport:
         """Write the file, check it in OpenVINO layer by layer and as a whole, and time it."""
-        found = spelled(request, clips_values=True)
+        found = _spelled(request)
         report = written(found, request, self.target, OpenVinoSession)
         session = OpenVinoSession(report.files[0])
         session.run(found.traced.example.tensors)
         left = _in_float(session, found, request)
-        notes = tuple(_beside_onnx_runtime(session, found, request))
-        left_float = merged(report.left_float, left)
-        return replace(report, left_float=left_float, notes=(*report.notes, *notes))
+        notes = (
+            *report.notes,
+            *_better_in_float(request),
+            *_beside_onnx_runtime(session, found, request),
+            f"Checked and timed with {_TOLD}: give them to compile_model, too",
+        )
+        return replace(report, left_float=merged(report.left_float, left), notes=notes)
+
+
+def _better_in_float(request: ExportRequest) -> Iterator[str]:
+    """Say of which ops the space for OpenVINO has no choice but FP32, and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, op in request.ops.items():
+        why = better_in_float(op)
+        config = request.plan.get(name)
+        if why is not None and (config is None or config.is_float):
+            reasons.setdefault(f"OpenVINO computes {op.type} in float: {why}", []).append(name)
+    yield from (f"{why} ({len(names)} ops)" for why, names in reasons.items())
+
+
+def _spelled(request: ExportRequest) -> Spelled:
+    """Return a model and its FP32 counterpart, both as OpenVINO fuses them."""
+    found = spelled(request, clips_values=True)
+    reference = fusible(OnnxModel(ir.from_proto(onnx.load_from_string(found.reference))))
+    return replace(found, model=fusible(found.model), reference=reference.to_bytes())
 
 
 def _beside_onnx_runtime(
@@ -83,36 +108,53 @@ def _beside_onnx_runtime(
 def _in_float(
     session: OpenVinoSession, found: Spelled, request: ExportRequest
 ) -> Iterator[LeftFloat]:
-    """Yield the quantized ops that OpenVINO multiplies in float."""
-    owners = dict(_owners(found))
-    for kernel in session.products():
-        # a product apart from its bias is called "its name/WithoutBiases"
-        names = (name.partition("/")[0] for name in kernel.nodes)
-        ops = next((owners[name] for name in names if name in owners), ())
-        if ops and not kernel.is_integer:
-            yield LeftFloat(", ".join(ops), _why_float(request, ops[0], kernel))
+    """Yield the quantized ops that OpenVINO does not show to multiply integers."""
+    # a product apart from its bias is called "its name/WithoutBiases"
+    kernels = {name.partition("/")[0]: k for k in session.products() for name in k.nodes}
+    for names, ops in _owners(found):
+        kernel = next((kernels[name] for name in names if name in kernels), None)
+        why = _why_float(request, ops[0], kernel)
+        if why is not None:
+            yield LeftFloat(", ".join(ops), why)
 
 
-def _why_float(request: ExportRequest, op: str, kernel: Kernel) -> str:
+def _why_float(request: ExportRequest, op: str, kernel: Kernel | None) -> str | None:
+    """Return why an op is not computed as the plan says, None where the kernel shows that it is."""
+    if kernel is not None and kernel.is_integer:
+        return None
     config = request.plan.get(op)
     if config is not None and config.inputs is None:
-        return "only its weight is quantized: OpenVINO computes such an op in float"
+        if kernel is not None and kernel.reads_codes:
+            return None
+        return "only its weight is quantized: OpenVINO makes floats of it when it loads the model"
     if op in request.ops and config is not None:
         why = why_not_in_openvino(request.ops[op], config)
         if why is not None:
             return why
+    if kernel is None:
+        return "OpenVINO makes one kernel of it and its neighbours, and does not show which numbers"
     return f"OpenVINO computes it by {kernel.primitive}"
 
 
-def _owners(found: Spelled) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the names of nodes that multiply quantized tensors, with their ops."""
+def _owners(found: Spelled) -> Iterator[tuple[list[str], tuple[str, ...]]]:
+    """Yield what OpenVINO may call nodes that multiply quantized tensors, with their ops."""
     for node in found.model.model.graph:
         if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum"):
             for value in reversed(node.inputs[:2]):
                 scale = None if value is None else _scale_behind(value)
                 if scale is not None and (ops := found.graph.ops_of(scale)):
-                    yield str(node.name), ops
+                    yield list(_names(node)), ops
                     break
+
+
+def _names(product: ir.Node) -> Iterator[str]:
+    """Yield the names of a product: its own, that of the sum with its bias, those of outputs."""
+    result = product.outputs[0]
+    users = [usage.node for usage in result.uses()]
+    for node in (product, *(user for user in users if user.op_type == "Add" and len(users) == 1)):
+        yield str(node.name)
+        if node.outputs[0].is_graph_output():
+            yield str(node.outputs[0].name)
 
 
 def _scale_behind(value: ir.Value) -> str | None:

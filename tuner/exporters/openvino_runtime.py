@@ -12,20 +12,37 @@ from tuner.errors import ExportError
 
 _PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq")
 _INTEGER = ("I8", "U8")
+_SMALL = ("i4", "u4", "i8", "u8")
+
+SETTINGS = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    # at its default, products with weights alone round their float input to 8 bits, unasked
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
+"""What models are compiled with beside the number of threads; those of users should be, too."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How OpenVINO computes one product: its kind, the kernel, and the ONNX nodes that it holds."""
+    """How OpenVINO computes one product: its kind, the kernel, and the ONNX nodes that it holds.
+
+    `weight` is the type of the second operand as the kernel reads it.
+    """
 
     kind: str
     primitive: str
     nodes: tuple[str, ...]
+    weight: str
 
     @property
     def is_integer(self) -> bool:
         """Whether the kernel multiplies integers."""
         return self.primitive.endswith(_INTEGER)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether the weight stays in its codes, of integers or beside a float input."""
+        return self.weight in _SMALL
 
 
 class OpenVinoSession:
@@ -37,11 +54,7 @@ class OpenVinoSession:
 
     def __init__(self, source: Path | bytes) -> None:
         core = openvino.Core()
-        options = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
+        options = {**SETTINGS, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         try:
             self._compiled = core.compile_model(core.read_model(source), "CPU", options)
         except Exception as error:  # its exceptions have no common base of their own
@@ -51,7 +64,11 @@ class OpenVinoSession:
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run on the inputs, in the order of the file."""
         arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors]
-        found = self._request.infer(dict(enumerate(arrays)))
+        try:
+            found = self._request.infer(dict(enumerate(arrays)))
+        except Exception as error:  # its exceptions have no common base of their own
+            shapes = ", ".join(str(list(array.shape)) for array in arrays)
+            raise ExportError(f"OpenVINO cannot run the model on {shapes}: {error}") from error
         return [torch.from_numpy(found[output].copy()) for output in self._compiled.outputs]
 
     def products(self) -> Iterator[Kernel]:
@@ -60,5 +77,7 @@ class OpenVinoSession:
             facts = node.get_rt_info()
             kind = str(facts["layerType"].get())
             if kind in _PRODUCTS:
-                names = str(facts["originalLayersNames"].get())
-                yield Kernel(kind, str(facts["primitiveType"].get()), tuple(names.split(",")))
+                names = tuple(str(facts["originalLayersNames"].get()).split(","))
+                second = node.input_value(1).get_node().get_rt_info()
+                weight = str(second["outputPrecisions"].get())
+                yield Kernel(kind, str(facts["primitiveType"].get()), names, weight)

@@ -11,6 +11,7 @@ from tests.tuner.exporters.long.test_onnx_graph import Tokens
 from tests.tuner.exporters.onnx_nets import (
     A8,
     W8,
+    Attention,
     Branches,
     Exported,
     exported,
@@ -20,9 +21,10 @@ from tests.tuner.exporters.onnx_nets import (
     scheme,
     tokens,
 )
-from tuner import OpConfig, PerChannel, PerGroup
+from tuner import OpConfig, PerChannel, PerGroup, TuningConfig, quantization
 from tuner.errors import ExportError
 from tuner.exporters.openvino_exporter import OpenVinoExporter
+from tuner.exporters.openvino_graph import fusible
 from tuner.exporters.openvino_kernels import why_not_in_openvino
 from tuner.exporters.openvino_runtime import OpenVinoSession
 from tuner.exporters.targets import exporter
@@ -32,8 +34,12 @@ ENDS = OpConfig(weight=W8, inputs=A8, output=A8)
 
 
 class Scores(nn.Module):
+    def __init__(self, is_negative: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Tanh() if is_negative else nn.ReLU()
+
     def forward(self, x: Tensor) -> Tensor:
-        return x @ torch.tanh(x).transpose(-1, -2)
+        return self.first(x) @ torch.sin(x).transpose(-1, -2)
 
 
 def behind(module: nn.Module) -> nn.Module:
@@ -69,7 +75,9 @@ CASES: Mapping[str, tuple[nn.Module, str, OpConfig, bool]] = {
         False,
     ),
     "wide": (nn.Linear(32, 24), "", OpConfig(weight=W8, inputs=scheme("int16")), False),
-    "affine": (Scores(), "/matmul:0", OpConfig(inputs=A8), False),
+    "unsigned": (Scores(False), "/matmul:0", OpConfig(inputs=(A8, scheme("int8"))), True),
+    "signed": (Scores(), "/matmul:0", OpConfig(inputs=scheme("int8")), False),
+    "affine": (Scores(False), "/matmul:0", OpConfig(inputs=A8), False),
     "transposed": (
         nn.ConvTranspose1d(6, 6, 2),
         "",
@@ -87,7 +95,7 @@ def tried(request: pytest.FixtureRequest) -> tuple[Exported, OpenVinoSession]:
     configs = {f"{name}{CASES[name][1]}": CASES[name][2] for name in names}
     branches = {name: CASES[name][0] for name in names}
     model = exported(Branches(**branches), floats(3, 6, 32), only(configs), clips_values=True)
-    session = OpenVinoSession(model.contents)
+    session = OpenVinoSession(fusible(model.model).to_bytes())
     session.run(model.traced.example.tensors)
     return model, session
 
@@ -129,7 +137,9 @@ def test_a_report_from_openvino(tmp_path: Path) -> None:
     assert report.agreement is not None
     assert report.agreement.max_abs < 1e-4
     assert [entry.batch for entry in report.latency] == [2]
-    assert "FP32 in ONNX Runtime takes" in report.notes[0]
+    notes = "\n".join(report.notes)
+    assert "FP32 in ONNX Runtime takes" in notes
+    assert "DYNAMIC_QUANTIZATION_GROUP_SIZE=0: give them to compile_model" in notes
 
 
 def test_weights_alone_are_exact_and_inputs_stay_float(tmp_path: Path) -> None:
@@ -142,11 +152,62 @@ def test_weights_alone_are_exact_and_inputs_stay_float(tmp_path: Path) -> None:
     torch.testing.assert_close(found, asked.traced.simulate(ids)[0], atol=1e-4, rtol=1e-4)
 
 
-def test_attention_agrees_one_by_one(tmp_path: Path) -> None:
-    asked = request(Tokens(), tokens(), tmp_path, batches=())
+@pytest.mark.parametrize(
+    ("fmt", "group"), [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 128), ("int8", None)]
+)
+def test_weights_alone_stay_in_their_codes(fmt: str, group: int | None, tmp_path: Path) -> None:
+    reach = PerChannel(0) if group is None else PerGroup(group, -1)
+    net = nn.Sequential(nn.Linear(256, 512))
+    space = only({"0": OpConfig(weight=scheme(fmt, reach))})
+    asked = request(net, floats(2, 256), tmp_path, space, batches=())
+    report = OpenVinoExporter().export(asked)
+    assert report.left_float == ()
+    assert report.size_ratio < (0.2 if fmt == "int4" else 0.3)
+    session = OpenVinoSession(report.files[0])
+    session.run(asked.traced.example.tensors)
+    (kernel,) = session.products()
+    assert kernel.weight == fmt.replace("int", "i")
+    assert not kernel.is_integer
+
+
+def test_a_product_keeps_its_bias_and_what_follows_in_one_kernel(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    asked = request(net, floats(4, 3, 32), tmp_path, batches=())
+    report = OpenVinoExporter().export(asked)
+    session = OpenVinoSession(report.files[0])
+    session.run(asked.traced.example.tensors)
+    first, second = session.products()
+    assert first.is_integer
+    assert second.is_integer
+    for what in ("add", "gelu", "quantize"):
+        assert any(what in node for node in first.nodes), what
+    assert any("output" in node for node in second.nodes)
+
+
+def test_attention_stays_float_for_openvino_and_says_why(tmp_path: Path) -> None:
+    config = TuningConfig(target="openvino")
+    model = quantization.fit(Attention(True).eval(), [floats(3, 5, 16)], config=config)
+    assert {name for name, each in model.plan.items() if not each.is_float} == {"qkv", "out"}
+    report = model.export(tmp_path, target="openvino", batches=())
+    assert report.left_float == ()
+    assert any("attention in FP32 is the faster one" in note for note in report.notes)
+
+
+def test_quantized_attention_agrees_and_is_listed_as_float(tmp_path: Path) -> None:
+    asked = request(Attention(True), floats(3, 5, 16), tmp_path, batches=())
     report = OpenVinoExporter().export(asked)
     assert len(report.layers) >= 5
     assert max(layer.max_steps for layer in report.layers) <= 1
+    (left,) = report.left_float
+    assert left.op == "/scaled_dot_product_attention:0"
+    assert "attention in FP32 is the faster one" in left.reason
+
+
+def test_products_of_activations_agree_one_by_one(tmp_path: Path) -> None:
+    asked = request(Tokens(), tokens(), tmp_path, batches=())
+    report = OpenVinoExporter().export(asked)
+    assert max(layer.max_steps for layer in report.layers) <= 1
+    assert {left.op for left in report.left_float} == {"attention/matmul:0", "attention/matmul:1"}
 
 
 def test_a_file_that_openvino_cannot_read(tmp_path: Path) -> None:
