@@ -86,6 +86,11 @@ def integer_products(module: fx.GraphModule) -> int:
     return sum(_is_integer(node) for node in module.graph.nodes)
 
 
+def _reads_marker(user: fx.Node) -> bool:
+    """Whether a weight's user is a product with quantized activations: a kernel's, of int8."""
+    return any(is_marker(operand) for operand in user.all_input_nodes)
+
+
 def _markers(module: fx.GraphModule) -> list[fx.Node]:
     return [node for node in module.graph.nodes if is_marker(node)]
 
@@ -97,17 +102,21 @@ def _spell_weight(
     codes = int8_weight(weight)
     if codes is None:
         return
-    constant = None
-    for node, user in [(n, user) for n in nodes for user in n.users]:
-        if constant is None:
-            constant = Speller(module, nodes[0]).constant(f"{name}_codes", codes.codes)
+    pairs = [(node, user) for node in nodes for user in node.users]
+    if not pairs:
+        return
+    halves = codes.fits_four_bits and not any(_reads_marker(user) for _, user in pairs)
+    stored = codes.packed() if halves else codes.codes
+    constant = Speller(module, nodes[0]).constant(f"{name}_codes", stored)
+    for node, user in pairs:
         speller = Speller(module, user)
         if user.target is aten.embedding.default and not codes.is_transposed:
-            user.replace_all_uses_with(speller.rows(name, constant, codes, user))
+            look_up = speller.packed_rows if halves else speller.rows
+            user.replace_all_uses_with(look_up(name, constant, codes, user))
             continue
-        value = speller.weight(name, constant, codes)
+        value = (speller.unpacked if halves else speller.weight)(name, constant, codes)
         user.replace_input_with(node, value)
-        if codes.groups == 1:
+        if codes.groups == 1 and not halves:
             yield value
 
 

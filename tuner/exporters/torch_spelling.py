@@ -15,6 +15,8 @@ decomposed = torch.ops.quantized_decomposed
 _UINT8 = (0, 255, torch.uint8)
 _INT8 = (-128, 127, torch.int8)
 _SHIFT = 128
+_MIDDLE = 8
+_STEP = 16
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -91,6 +93,50 @@ class Speller:
         parted = self.call(aten.unflatten.int, values, -1, [weight.groups, -1])
         scaled = self.call(aten.mul.Tensor, parted, self.call(aten.unsqueeze.default, scales, -1))
         return self.call(aten.flatten.using_ints, scaled, -2)
+
+    def unpacked(self, name: str, packed: fx.Node, weight: Int8Weight) -> fx.Node:
+        """Dequantize codes of which two are in a byte, in the shape of the weight.
+
+        The bytes are dequantized first, by one: of all ops on constants the compiler leaves this
+        one alone, and would store what another one gives.
+        """
+        rows = len(weight.codes)
+        half = -(-rows // 2)
+        scales = weight.scale.reshape(rows, weight.groups, 1).split(half)
+        values = self.call(decomposed.dequantize_per_tensor.default, packed, 1.0, 0, *_UINT8)
+        parts = []
+        for codes, scale, part in zip(self._halves(values), scales, ("low", "high"), strict=True):
+            centred = self.call(aten.sub.Tensor, codes, _MIDDLE)
+            if len(scale) < half:
+                centred = self.call(aten.slice.Tensor, centred, 0, 0, len(scale))
+            grouped = self.call(aten.view.default, centred, [len(scale), weight.groups, -1])
+            constant = self.constant(f"{name}_{part}", scale.clone())
+            parts.append(self.call(aten.mul.Tensor, grouped, constant))
+        whole = self.call(aten.cat.default, parts)
+        whole = self.call(aten.view.default, whole, list(weight.codes.shape))
+        return self.call(aten.t.default, whole) if weight.is_transposed else whole
+
+    def packed_rows(
+        self, name: str, packed: fx.Node, weight: Int8Weight, lookup: fx.Node
+    ) -> fx.Node:
+        """Look rows up in bytes that have two codes each, and dequantize these alone."""
+        half = -(-len(weight.codes) // 2)
+        index = lookup.args[1]
+        scale = self.constant(f"{name}_rows", weight.scale.reshape(-1, weight.groups, 1))
+        row = self.call(aten.remainder.Scalar, index, half)
+        found = self.call(aten.embedding.default, packed, row)
+        low, high = self._halves(self.call(aten.to.dtype, found, torch.float32))
+        is_high = self.call(aten.unsqueeze.default, self.call(aten.ge.Scalar, index, half), -1)
+        codes = self.call(aten.sub.Tensor, self.call(aten.where.self, is_high, high, low), _MIDDLE)
+        grouped = self.call(aten.unflatten.int, codes, -1, [weight.groups, -1])
+        scales = self.call(aten.index.Tensor, scale, [index])
+        return self.call(aten.flatten.using_ints, self.call(aten.mul.Tensor, grouped, scales), -2)
+
+    def _halves(self, values: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Return the low and the high four bits of bytes, all of them as floats."""
+        high = self.call(aten.floor.default, self.call(aten.mul.Tensor, values, 1 / _STEP))
+        shifted = self.call(aten.mul.Tensor, high, float(_STEP))
+        return self.call(aten.sub.Tensor, values, shifted), high
 
     def tokens(self, x: fx.Node, scheme: TensorScheme) -> tuple[fx.Node, fx.Node]:
         """Quantize by the range of each token; return codes times 1, and the scales `[…, 1]`.

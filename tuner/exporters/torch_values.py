@@ -20,6 +20,8 @@ from tuner.ranges import symmetric_zero_point
 from tuner.schemes import TensorScheme
 
 _SHIFT = 128
+_HALF = 8
+_BITS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,23 @@ class Int8Weight:
     scale: Tensor
     is_transposed: bool = False
     groups: int = 1
+
+    @property
+    def fits_four_bits(self) -> bool:
+        """Whether two codes fit into a byte."""
+        return bool(self.codes.amin() >= -_HALF and self.codes.amax() < _HALF)
+
+    def packed(self) -> Tensor:
+        """Return two rows of codes in one of bytes, uint8 `[rows / 2, columns]`.
+
+        Row r of the first half has the low four bits of row r, that of the second half the high
+        ones; codes are counted from -8, and an odd row is paired with zeros.
+        """
+        rows = self.codes.flatten(1).short() + _HALF
+        if len(rows) % 2:
+            rows = torch.cat([rows, torch.full_like(rows[:1], _HALF)])
+        low, high = rows.chunk(2)
+        return (low | high << _BITS).to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tuner import (
     OpConfig,
     PerChannel,
+    PerGroup,
     PerToken,
     Rule,
     SearchSpace,
@@ -154,6 +155,28 @@ def test_the_report_names_the_file_in_a_folder(block: tuple[ExportReport, Traced
     parameters = 16 * 16 + 16 + 2 * 16 * 32 + 32 + 16 + 16 * 16 + 16
     assert report.float_size_bytes == 4 * parameters
     assert "takes x, other and returns output_0, output_1" in report.notes[-1]
+
+
+class Wide(nn.Module):
+    """One large layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2048, 1536)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+@needs_compiler
+def test_four_bits_are_stored_in_half_a_byte(tmp_path: Path) -> None:
+    four = OpConfig(weight=TensorScheme(format="int4", granularity=PerGroup(128)))
+    x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0))
+    asked = request(Wide, x, named(fc=four), tmp_path)
+    report = TorchExporter().export(asked)
+    assert report.size_ratio < 0.21
+    assert report.agreement is not None
+    assert report.agreement.max_abs < 1e-4
 
 
 def test_without_a_compiler_kernels_are_called_one_by_one(

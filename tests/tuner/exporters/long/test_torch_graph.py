@@ -171,6 +171,30 @@ def test_weights_are_stored_as_int8() -> None:
     assert {matrix.dtype for matrix in large} == {torch.int8}
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (OpConfig(weight=W4), {(6, 16): torch.uint8, (8, 16): torch.uint8}),  # two rows in one
+        (OpConfig(weight=W8), {(11, 16): torch.int8, (16, 16): torch.int8}),
+        (OpConfig(weight=W4, inputs=A8), {(11, 16): torch.int8, (16, 16): torch.int8}),
+    ],
+)
+def test_four_bits_take_half_a_byte_where_no_kernel_wants_int8(
+    config: OpConfig, sizes: dict[tuple[int, ...], torch.dtype]
+) -> None:
+    table = OpConfig(weight=config.weight)
+    traced = of_model(Words, words(4), by_type(Linear=config, Embedding=table))
+    graph = spelled_graph(traced)
+    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    stored = [tensor for name, tensor in graph.named_buffers() if name in names]
+    assert {
+        tuple(t.shape): t.dtype for t in stored if not t.is_floating_point() and t.dim() == 2
+    } == sizes
+    for tokens in (words(4), words(5, 3)):
+        expected = traced.simulate(tokens)[0]
+        torch.testing.assert_close(graph(tokens)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_signed_activations_become_unsigned() -> None:
     traced = of_model(Cnn, image(4), by_type(Conv2d=OpConfig(weight=W8, inputs=S8)))
     calls = [n for n in spelled_graph(traced).graph.nodes if "quantize_per_tensor" in str(n.target)]
