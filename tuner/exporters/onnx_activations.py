@@ -104,13 +104,18 @@ def paired(
     codes: tuple[int, int] | None,
     values: tuple[float, float] | None,
     name: str,
+    scale_out: Tensor | None = None,
 ) -> Tensor:
-    """Quantize and dequantize by one scale; `codes` and `values` are limits after and before."""
+    """Quantize and dequantize by one scale; `codes` and `values` are limits after and before.
+
+    With another `scale_out` the floats are multiplied by `scale_out / scale`.
+    """
     limited = x if values is None else x.clamp(*values)
     quantized = QUANTIZE(limited, scale, zero_point, name)
     if codes is not None:
         quantized = quantized.clamp(*codes)
-    dequantized: Tensor = DEQUANTIZE(quantized, scale, zero_point, 1, 0, "")
+    to_floats = scale if scale_out is None else scale_out
+    dequantized: Tensor = DEQUANTIZE(quantized, to_floats, zero_point, 1, 0, "")
     return dequantized
 
 

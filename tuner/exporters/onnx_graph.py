@@ -20,6 +20,7 @@ from tuner.exporters.onnx_activations import (
     spelling_of,
     why_not_spelled,
 )
+from tuner.exporters.onnx_speed import speed_up
 from tuner.exporters.onnx_weights import (
     FOUR_BITS,
     FOUR_BITS_READ_AS_EIGHT,
@@ -90,11 +91,12 @@ def float_graph(traced: Traced) -> fx.GraphModule:
     return module
 
 
-def qdq_graph(traced: Traced, clips_values: bool = False) -> QdqGraph:
+def qdq_graph(traced: Traced, clips_values: bool = False, quick: bool = False) -> QdqGraph:
     """Return the graph with its quantizers and quantized weights as ONNX says them.
 
     Of activations of fewer than 8 bits the codes are clipped, or else the values before them: which
-    of the two a runtime's integer kernels can take in differs.
+    of the two a runtime's integer kernels can take in differs. A `quick` graph is spelled as ONNX
+    Runtime is fastest with.
 
     Raises ExportError for activations that ONNX cannot quantize as the plan says.
     """
@@ -102,6 +104,8 @@ def qdq_graph(traced: Traced, clips_values: bool = False) -> QdqGraph:
     rewriting = _Rewriting(copied_graph(traced.module), clips_values)
     rewriting.spell_activations(traced)
     left = [found for weight in traced.weights if (found := rewriting.spell_weight(weight))]
+    if quick:
+        speed_up(rewriting.module)
     rewriting.module.graph.eliminate_dead_code()
     rewriting.module.recompile()
     _drop_unused(rewriting.module)

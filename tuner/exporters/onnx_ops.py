@@ -1,4 +1,4 @@
-"""QuantizeLinear and DequantizeLinear as torch ops, and how torch.onnx.export writes them.
+"""QuantizeLinear, DequantizeLinear and others as torch ops, and how torch.onnx.export writes them.
 
 They exist in traced graphs only: nothing computes them in torch.
 """
@@ -23,6 +23,10 @@ _library.define(
     "dequantize_linear(Tensor x, Tensor scale, Tensor zero_point, int axis, int block_size,"
     " str stored) -> Tensor"
 )
+_library.define("sum(Tensor x, Tensor y) -> Tensor")
+_library.define(
+    "to_depth(Tensor x, Tensor padding, int[] before, int[] after, int block) -> Tensor"
+)
 
 
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, name: str) -> Tensor:
@@ -35,18 +39,35 @@ def _dequantized(
     return torch.empty_like(x, dtype=scale.dtype)
 
 
+def _to_depth(
+    x: Tensor, padding: Tensor, before: list[int], after: list[int], block: int
+) -> Tensor:
+    n, c, h, w = x.shape
+    rows, columns = (length + b + a for length, b, a in zip((h, w), before, after, strict=True))
+    return x.new_empty(n, c * block**2, rows // block, columns // block)
+
+
 _library.impl("quantize_linear", _quantized, "Meta")
 _library.impl("dequantize_linear", _dequantized, "Meta")
+_library.impl("sum", torch.add, "Meta")
+_library.impl("to_depth", _to_depth, "Meta")
 
 QUANTIZE = torch.ops.accutune.quantize_linear.default
 DEQUANTIZE = torch.ops.accutune.dequantize_linear.default
+
+SUM = torch.ops.accutune.sum.default
+"""ONNX's Sum of two tensors."""
+
+TO_DEPTH = torch.ops.accutune.to_depth.default
+"""ONNX's Pad of images [N, C, H, W] with a constant, by so much before and after, then its
+SpaceToDepth: channel `(row · block + column) · C + c` of the outcome."""
 
 
 Translations = dict[Callable[..., Any], Callable[..., Any]]
 
 
 def translations(opset: int) -> Translations:
-    """Return how torch.onnx.export writes both ops in an opset, 20 or 21 (where blocks begin)."""
+    """Return how torch.onnx.export writes these ops in an opset, 20 or 21 (where blocks begin)."""
     ops: Any = opset21 if opset >= BLOCKS_FROM else opset20
 
     def quantize(x: Any, scale: Any, zero_point: Any, name: str) -> Any:
@@ -62,4 +83,11 @@ def translations(opset: int) -> Translations:
         made.producer().metadata_props[STORED] = stored
         return made
 
-    return {QUANTIZE: quantize, DEQUANTIZE: dequantize}
+    def total(x: Any, y: Any) -> Any:
+        return ops.Sum(x, y)
+
+    def to_depth(x: Any, padding: Any, before: Any, after: Any, block: int) -> Any:
+        pads = ops.Constant(value_ints=[0, 0, *before, 0, 0, *after])
+        return ops.SpaceToDepth(ops.Pad(x, pads, padding), blocksize=block)
+
+    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, SUM: total, TO_DEPTH: to_depth}

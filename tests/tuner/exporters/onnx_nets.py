@@ -152,11 +152,16 @@ def quantized(model: nn.Module, batch: Any, space: Any = "int8") -> QuantizedMod
 
 
 def exported(
-    model: nn.Module, batch: Any, space: Any = "int8", clips_values: bool = False, axes: Any = None
+    model: nn.Module,
+    batch: Any,
+    space: Any = "int8",
+    clips_values: bool = False,
+    axes: Any = None,
+    quick: bool = False,
 ) -> Exported:
     found = quantized(model, batch, space)
     traced = trace(found._parts.model, Example.of_batch(found.model, batch), axes)
-    graph = qdq_graph(traced, clips_values)
+    graph = qdq_graph(traced, clips_values, quick)
     model_ = to_onnx(graph.module, traced)
     onnx.checker.check_model(model_.to_bytes(), full_check=True)
     return Exported(found, traced, graph, model_)
