@@ -1,11 +1,13 @@
 """A fake-quantizer for repeated use in a forward pass."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tuner import formats
 from tuner.granularity import PerBlock, PerGroup, PerTensor
-from tuner.kernels import Grid, check_floats, codec_of, snap, snap_rows
+from tuner.kernels import Grid, check_floats, codec_of, is_transformed, snap, snap_rows
 from tuner.qparams import (
     QParams,
     check_qparams,
@@ -34,14 +36,21 @@ class Quantizer:
         self.scheme = scheme
         self.qparams = qparams
         self._grids: dict[tuple[torch.device, torch.dtype], Grid] = {}
+        self._dense: dict[torch.dtype, Callable[[Tensor], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_grids": {}}  # they hold addresses in this process
+        return {**self.__dict__, "_grids": {}, "_dense": {}}  # they hold addresses in this process
 
     def __call__(self, x: Tensor) -> Tensor:
-        check_floats(x, "quantization")
         # what follows is arithmetic on plain tensors: no function mode needs to see it
         with torch._C.DisableTorchFunction():
+            if not is_transformed() and type(x) is Tensor:  # the shortest way, mostly taken
+                dense = self._dense.get(x.dtype)
+                has_gradient = x.requires_grad and torch.is_grad_enabled()
+                is_plain = x.is_cpu and x.is_contiguous() and not x.is_neg()
+                if dense is not None and is_plain and not has_gradient:
+                    return dense(x)
+            check_floats(x, "quantization")
             # rows with gaps are closed up, as the op itself would do
             has_gaps = not x.is_contiguous() and _has_gaps_between_rows(x)
             if self.qparams is None:
@@ -84,6 +93,8 @@ class Quantizer:
         grid = self._grids.get(key)
         if grid is None:
             grid = self._grids[key] = grid_of(self.scheme, qparams, x)
+            if x.is_cpu and (dense := grid.native.dense(x.dtype)) is not None:
+                self._dense[x.dtype] = dense
         return grid
 
 

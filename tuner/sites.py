@@ -68,8 +68,9 @@ class Site:
 
         Raises SchemeError where a static scheme has scales for an axis of another size.
         """
-        quantizer = self.inputs[index] if index < len(self.inputs) else None
-        return x if quantizer is None else self._quantized(quantizer, index, x)
+        if index >= len(self.inputs) or (quantizer := self.inputs[index]) is None:
+            return x
+        return self._quantized(quantizer, index, x)
 
     def splits(self, index: int) -> bool:
         """Return whether an operand may be fake-quantized in pieces."""

@@ -98,7 +98,44 @@ def test_there_are_several_blocks_and_a_rest() -> None:
     quantizers = Quantizers()
     with torch.no_grad():
         quantizers.attend(*operands())
-    assert [block[0] for block in quantizers.blocks] == [5, 5, 2]
+    assert [block[0] for block in quantizers.blocks] == [3, 3, 3, 3]  # of at most 5: whole samples
+
+
+def test_one_sample_with_more_heads_than_a_block_has() -> None:
+    quantizers = Quantizers()
+    q, k, v = operands(batch=2, heads=7)
+    with torch.no_grad():
+        assert torch.equal(quantizers.attend(q, k, v), in_parts(rounded, q, k, v, False))
+    assert [block[0] for block in quantizers.blocks] == [5, 2, 5, 2]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_output_lies_in_memory_as_that_of_torch_does(causal: bool) -> None:
+    """Code that takes a view of the output for granted runs on."""
+    q, k, v = operands()
+    with torch.no_grad():
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out = Quantizers().attend(q, k, v, is_causal=causal)
+    assert out.stride() == expected.stride()
+    assert out.transpose(1, 2).view(4, 48, 48).shape == (4, 48, 48)
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3, 5)])
+def test_more_or_fewer_axes_than_samples_and_heads(lead: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(*lead, 20, 8, generator=generator).clamp(-3, 3) for _ in range(3))
+    with torch.no_grad():
+        assert torch.equal(Quantizers().attend(q, k, v), in_parts(rounded, q, k, v, False))
+
+
+def test_more_queries_than_keys_under_a_causal_mask() -> None:
+    q, (k, _, v) = operands(length=150)[0], operands(length=31)
+    visible = torch.ones(150, 31, dtype=torch.bool).tril()
+    with torch.no_grad():
+        out = Quantizers().attend(q, k, v, is_causal=True)
+        scores = rounded(QUERY, q) @ rounded(KEY, k).mT * 16**-0.5
+        shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        assert torch.equal(out, rounded(PROBABILITIES, shares) @ rounded(VALUE, v))
 
 
 def test_keys_and_values_of_another_length_and_width() -> None:

@@ -562,8 +562,8 @@ class TestBufferPool:
         pool = BufferPool(most_bytes=3 * size)
         held = [pool.empty_like(torch.zeros(LARGE)) for _ in range(8)]
         assert len({address(y) for y in held}) == 8
-        kept = [storage for storages in pool._storages.values() for storage in storages]
-        assert sum(storage.nbytes() for storage in kept) <= 3 * size
+        kept = [buffer for of_a_size in pool._storages.values() for buffer in of_a_size]
+        assert sum(buffer.storage.nbytes() for buffer in kept) <= 3 * size
 
     def test_no_more_of_a_size_than_is_quick_to_look_through(self) -> None:
         pool = BufferPool()

@@ -142,6 +142,24 @@ class NativeGrid:
         self._mask_layouts: dict[object, _Prepared] = {}
         self._numbers = (bounds.scale, bounds.low, bounds.high) if bounds.are_numbers else None
 
+    def dense(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """Return `snap` for contiguous tensors of a dtype that `takes` takes, None if it is slower.
+
+        Everything else that it needs to know is looked up here, once.
+        """
+        if self._numbers is None or self._codec_address is None or dtype not in SUFFIX:
+            return None
+        if not _is_there(dtype):
+            return None
+        run, numbers, codec = _function("snap_tensor", dtype), self._numbers, self._codec_address
+
+        def snap_dense(x: Tensor) -> Tensor:
+            out = POOL.empty_as(x)
+            run(x.data_ptr(), out.data_ptr(), x.numel(), *numbers, codec)
+            return out
+
+        return snap_dense
+
     def snap(self, x: Tensor) -> Tensor | None:
         """Return `x` on the grid in its own memory format; None where only torch can do it."""
         if self._codec_address is None:

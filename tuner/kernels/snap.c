@@ -39,7 +39,8 @@ enum { CACHED = 256 };              /* values that stay in the cache over all en
 enum { LINE = 64 };                 /* bytes that come into the cache together */
 enum { NEAR = 128, AHEAD = 512 };   /* values masked at a time, and fetched before their turn */
 enum { BLOCKS_AHEAD = 32 };         /* the same for blocks */
-enum { GATHERED = 4096 };           /* values of short rows that are put together first */
+enum { GATHERED = 1024 };           /* values of short rows that are put together first */
+enum { ROWS_AHEAD = 16 };           /* short rows fetched before their turn */
 
 /* The comparisons are written so that NaN fails them and stays. */
 static inline float to_integer(float v, float low, float high) {
@@ -219,6 +220,9 @@ void snap_layout_##SUFFIX(const T *x, T *y, const layout_t *l, const params_t *p
     WALK(snap_one_##SUFFIX(x + from, y + from, count, p, at, c),                                   \
          snap_each_##SUFFIX(x + from, y + from, count, p, at, c))                                  \
 }                                                                                                  \
+ALWAYS_INLINE void prefetch_row_##SUFFIX(const T *x, int64_t n) {                                  \
+    for (int64_t i = 0; i < n; i += LINE / sizeof(T)) PREFETCH(x + i, 0)                           \
+}                                                                                                  \
 ALWAYS_INLINE void copy_row_##SUFFIX(T *restrict y, const T *restrict x, int64_t n) {              \
     int64_t i = 0;                                                                                 \
     for (; i + 16 <= n; i += 16) memcpy(y + i, x + i, 16 * sizeof(T)); /* no call: of fixed size */ \
@@ -238,6 +242,7 @@ void snap_rows_##SUFFIX(const T *x, T *y, const rows_t *r, float scale, float lo
         const T *source = x + i * r->step[0] + j * r->step[1] + k * r->step[2];                    \
         for (int64_t row = 0; strip > 1 && row < rows; row++) {                                    \
             const T *from = x + i * r->step[0] + j * r->step[1] + k * r->step[2];                  \
+            prefetch_row_##SUFFIX(from + ROWS_AHEAD * r->step[2], length);                         \
             copy_row_##SUFFIX(gathered + row * length, from, length);                              \
             if (++k == inner) { k = 0; if (++j == middle) { j = 0; i++; } }                        \
         }                                                                                          \

@@ -41,18 +41,23 @@ def attend(
     the time of filling it in; where that is not the same, NaN comes out, and None is returned. What
     it hides of a whole block is not computed.
     """
+    heads = query.shape[-3] if query.ndim > 3 else 1
     q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    hidden = q.new_full((q.shape[1], k.shape[1]), -torch.inf).triu_(1) if is_causal else None
-    out = POOL.empty_rows((*q.shape[:2], v.shape[2]), q.dtype)
+    shape = len(q) // heads, q.shape[1], heads, v.shape[2]
+    out = POOL.empty_rows(shape, q.dtype).transpose(1, 2)  # as the fused op lays it out
     for rows, keys in _parts(q.shape[1], k.shape[1], is_causal):
-        mask = None if hidden is None else hidden[rows, keys]
+        mask = None
+        if is_causal:
+            later = rows.stop - rows.start, max(0, keys.stop - rows.start)
+            mask = q.new_full(later, -torch.inf).triu_(1)
         scores = (rows.stop - rows.start) * keys.stop
-        count = max(1, _BLOCK * torch.get_num_threads() // scores)
-        for start in range(0, len(q), count):
-            block = slice(start, start + count)
+        for block, target in _blocks(out, _BLOCK * torch.get_num_threads() // scores):
             shares = _shares(q[block, rows], k[block, keys], scale, mask)
-            torch.bmm(quantize(shares), v[block, keys], out=out[block, rows])
-    return None if bool(out.sum().isnan()) else out.view(*query.shape[:-1], value.shape[-1])
+            part = torch.bmm(quantize(shares), v[block, keys])
+            target[:, :, rows] = part.view(*target.shape[:2], *part.shape[1:])
+    if is_causal and bool(out.sum().isnan()):
+        return None
+    return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
 def _parts(queries: int, keys: int, is_causal: bool) -> Iterator[tuple[slice, slice]]:
@@ -65,10 +70,27 @@ def _parts(queries: int, keys: int, is_causal: bool) -> Iterator[tuple[slice, sl
         yield slice(start, stop), slice(0, min(stop, keys))
 
 
+def _blocks(out: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
+    """Cut `[batch, heads, …]` into whole samples, or one sample's heads: at most so many heads.
+
+    Yields where a block lies among the heads of all samples, and its part of `out`.
+    """
+    batch, heads = out.shape[:2]
+    samples, count = max(1, most // heads), min(heads, max(1, most))
+    for sample in range(0, batch, samples):
+        for head in range(0, heads, count):
+            target = out[sample : sample + samples, head : head + count]
+            start = sample * heads + head
+            yield slice(start, start + target.shape[0] * target.shape[1]), target
+
+
 def _shares(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
-    """Return softmax(q kᵀ · scale + hidden); what comes next finds the memory of q kᵀ free."""
-    shape = *q.shape[:2], k.shape[1]
-    scores, shares = (POOL.empty_rows(shape, q.dtype) for _ in range(2))
+    """Return softmax(q kᵀ · scale + hidden), in the memory of q kᵀ; `hidden` is of the last keys.
+
+    Each row of a softmax is read before it is written.
+    """
+    scores = POOL.empty_rows((*q.shape[:2], k.shape[1]), q.dtype)
     torch.bmm(q, k.transpose(1, 2), out=scores).mul_(scale)
-    scores = scores if hidden is None else scores.add_(hidden)
-    return torch.softmax(scores, -1, out=shares)
+    if hidden is not None and hidden.shape[1]:
+        scores[..., -hidden.shape[1] :].add_(hidden)
+    return torch.softmax(scores, -1, out=scores)

@@ -24,6 +24,9 @@ class SlotFamily(Family):
         kwargs: Mapping[str, Any],
     ) -> Any:
         """Call fn with the tensors in its slots passed through `operand`."""
+        if len(args) == 1 and not kwargs and self.slots[0][0] == 0:  # as modules are called
+            (x,) = args
+            return fn(operand(0, x) if is_float_tensor(x) else x)
         positional, named = list(args), dict(kwargs)
         for index, (position, names) in enumerate(self.slots):
             value = tensor_slot(args, kwargs, position, *names)
