@@ -78,7 +78,7 @@ def main() -> None:
     names = (*RANDOM, *MODELS)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=names, default=names)
-    parser.add_argument("--targets", nargs="+", default=["onnxruntime", "openvino"])
+    parser.add_argument("--targets", nargs="+", default=["onnxruntime", "openvino", "torch"])
     parser.add_argument("--space", default="int8")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", NothingQuantizedWarning)

@@ -139,6 +139,7 @@ shown there. The raw lines hold them all.
 _EXPORT_INTRODUCTION = """\
 `python tests/bench/export.py`: models tuned for the target (1 % goal; ResNet-18 at 224 × 224 has
 random weights), exported, and timed in turns with FP32 in the same runtime, with the threads below.
+For target torch, on one thread, FP32 is eager; FP32 and BF16 compiled are baselines beside it.
 **difference** is the largest from the simulation at the outputs, beside the simulation's own floor
 under a disturbance of 1e-6; **steps** the largest of any quantized tensor, all before it as
 simulated. **metric** is that of `eval_func` on the artifact, beside the simulated plan's.
@@ -148,6 +149,16 @@ simulated. **metric** is that of `eval_func` on the artifact, beside the simulat
 def speedup(entry: Row) -> str:
     """Return how many times faster than FP32 a latency entry is."""
     return f"{entry['float_ms'] / entry['quantized_ms']:.2f}"
+
+
+def _beside(row: Row, name: str) -> str:
+    """Return how many times faster than another baseline each batch is."""
+    found = [
+        f"{entry['baselines_ms'][name] / entry['quantized_ms']:.2f}"
+        for entry in row["latency"]
+        if name in entry.get("baselines_ms", {})
+    ]
+    return " / ".join(found) or "–"
 
 
 def _times(row: Row) -> str:
@@ -167,6 +178,8 @@ _EXPORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("ops quantized", lambda r: f"{r['quantized_ops']} of {r['ops']}"),
     ("size ÷ FP32", lambda r: f"{r['size_bytes'] / r['float_size_bytes']:.3f}"),
     ("FP32 ÷ quantized, batch 1 / 8", lambda r: " / ".join(map(speedup, r["latency"]))),
+    ("FP32 compiled ÷ quantized", lambda r: _beside(r, "FP32 compiled")),
+    ("BF16 compiled ÷ quantized", lambda r: _beside(r, "BF16 compiled")),
     ("ms, batch 1 / 8", _times),
     (
         "difference (floor)",

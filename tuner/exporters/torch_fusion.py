@@ -58,6 +58,7 @@ def _flat(
         sizes = tuple(speller.call(aten.sym_size.int, x, axis) for axis in axes)
         known = _Matrix(speller.call(aten.flatten.using_ints, x, 0, len(axes) - 1), sizes)
     codes = speller.call(quantized.target, known.node, *quantized.args[1:])
+    codes.meta.update(quantized.meta)
     values = speller.call(restored.target, codes, *restored.args[1:])
     product = speller.call(layer.target, values, *layer.args[1:], **layer.kwargs)
     matrix = _Matrix(product, known.sizes)

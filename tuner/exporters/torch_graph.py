@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tuner.exporters.torch_fusion import flatten_layers
-from tuner.exporters.torch_spelling import Speller, aten, copied, decomposed
+from tuner.exporters.torch_spelling import SpelledMarker, Speller, aten, copied, decomposed
 from tuner.exporters.torch_values import int8_weight, static_codes, why_not_per_token
 from tuner.exporters.tracing import Traced, TracedWeight, is_marker
 from tuner.quantizer import Quantizer
@@ -127,7 +127,8 @@ def _spell_activation(
     assert isinstance(x, fx.Node)
     static = static_codes(quantizer)
     if static is not None:
-        node.replace_all_uses_with(Speller(module, node).static(x, static))
+        marker = SpelledMarker(node.name, str(node.args[1]), static)
+        node.replace_all_uses_with(Speller(module, node).static(x, marker))
         return
     if why_not_per_token(quantizer.scheme) is None:
         for user in list(node.users):

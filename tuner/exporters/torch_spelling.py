@@ -1,5 +1,7 @@
 """Spells quantized tensors with the ops of PyTorch's `quantized_decomposed`, in a graph."""
 
+from dataclasses import dataclass
+
 import torch
 
 # registers the ops: that is all that is taken from here
@@ -17,6 +19,19 @@ _INT8 = (-128, 127, torch.int8)
 _SHIFT = 128
 _MIDDLE = 8
 _STEP = 16
+
+
+SPELLED = "accutune_marker"
+"""The key in a node's meta under which one that quantizes has its SpelledMarker."""
+
+
+@dataclass(frozen=True)
+class SpelledMarker:
+    """The marker that a node stands for: its node in the traced graph, its key, its codes."""
+
+    node: str
+    key: str
+    codes: StaticCodes
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -55,16 +70,18 @@ class Speller:
         with self._module.graph.inserting_before(self._before):
             return self._module.graph.call_module(name, args)
 
-    def static(self, x: fx.Node, codes: StaticCodes) -> fx.Node:
+    def static(self, x: fx.Node, marker: SpelledMarker) -> fx.Node:
         """Quantize to uint8 codes of a known scale, and back.
 
         Fewer codes than 256 are a clamp before: fused into a kernel, the codes of an output are
         clamped to those of uint8 whatever the op says.
         """
+        codes = marker.codes
         if not codes.is_full:
             x = self.call(aten.clamp.default, x, *codes.ends)
         scaled = codes.scale, codes.zero_point
         quantized = self.call(decomposed.quantize_per_tensor.default, x, *scaled, *_UINT8)
+        quantized.meta[SPELLED] = marker
         return self.call(decomposed.dequantize_per_tensor.default, quantized, *scaled, *_UINT8)
 
     def weight(self, name: str, codes: fx.Node, weight: Int8Weight) -> fx.Node:

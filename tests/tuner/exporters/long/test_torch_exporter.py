@@ -131,6 +131,8 @@ def test_every_product_is_an_integer_kernel(
         assert integer_kernels(report.files[0]) == 4
         assert "4 integer kernels" in report.notes[0]
         assert report.left_float == ()
+        assert all(layer.max_steps <= 1 for layer in report.layers)
+        assert len(report.layers) >= 4
 
 
 @needs_compiler

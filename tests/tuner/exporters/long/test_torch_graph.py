@@ -19,6 +19,7 @@ from tuner.example import Example
 from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import with_integer_kernels
 from tuner.exporters.torch_graph import integer_products, spelled_graph
+from tuner.exporters.torch_layers import layer_agreement
 from tuner.exporters.tracing import Traced, trace
 from tuner.quantized_model import QuantizedModel
 
@@ -217,6 +218,32 @@ def test_what_stays_float_may_be_bfloat16() -> None:
     full, half = spelled_graph(traced)(image(4))[0], spelled_graph(traced, True)(image(4))[0]
     assert half.dtype == torch.float32
     assert 0 < (full - half).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_quantized_tensor_is_compared_alone(name: str) -> None:
+    traced = of_model(Cnn, image(4), SPACES[name][0])
+    layers = layer_agreement(traced, spelled_graph(traced))
+    assert layers[-1].name == "output"
+    for layer in layers:
+        assert layer.max_steps <= 1
+        assert layer.equal > 0.98
+    if name in ("int8", "four bits", "signed"):
+        assert {"conv|0", "head|0"} <= {layer.name for layer in layers}
+
+
+def test_a_wrong_layer_shows_alone() -> None:
+    traced = of_model(Cnn, image(4), "int8")
+    graph = spelled_graph(traced)
+    relu = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)[1]
+    with graph.graph.inserting_after(relu):
+        doubled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (relu, 2.0))
+    relu.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+    graph.recompile()
+    steps = {layer.name: layer.max_steps for layer in layer_agreement(traced, graph)}
+    assert steps["conv|0"] <= 1
+    assert steps["head|0"] > 20
+    assert steps["output"] <= 1
 
 
 def test_kernels_of_onednn_agree_without_a_compiler() -> None:
