@@ -28,7 +28,7 @@ _GROUPS = groups_from(1, None, powers_of_two=False)
 
 _FLOAT = {
     "scaled_dot_product_attention": "its kernel for attention in FP32 is the faster one: of "
-    "quantized attention it computes the first product in float, and every tensor twice"
+    "quantized attention it computes the first product in float all the same"
 }
 """Type of an op → why it is better left in float, though there are kernels for parts of it."""
 
