@@ -98,6 +98,11 @@ class Example:
         indices, the sequence, with that of masks of the same shape. Raises ExportError for an input
         or an axis that is not there.
         """
+        if given is not None and not isinstance(given, Mapping):
+            raise ExportError(
+                f"dynamic_axes is a {type(given).__name__}: give a mapping of input names to axes, "
+                f"such as {{{self.names[0]!r}: [0]}}"
+            )
         if given is not None:
             return {name: self._checked(name, axes) for name, axes in given.items()}
         tokens = {tuple(t.shape[:2]) for t in self.tensors if t.dim() == 2 and not _is_float(t)}
@@ -115,6 +120,12 @@ class Example:
                 f"dynamic_axes speaks of {name!r}: the model's inputs are {', '.join(self.names)}"
             )
         count = self.tensors[self.names.index(name)].dim()
+        is_listed = isinstance(axes, Iterable) and not isinstance(axes, str)
+        if not is_listed or not all(isinstance(axis, int) for axis in axes):
+            raise ExportError(
+                f"dynamic_axes has {axes!r} for {name}: give the numbers of its axes, [0, 1], or "
+                "names for them, {0: 'batch'}"
+            )
         named = dict(axes) if isinstance(axes, Mapping) else {a: f"{name}_{a}" for a in axes}
         for axis in named:
             if not 0 <= axis < count:

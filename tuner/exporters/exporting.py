@@ -1,14 +1,16 @@
 """From a quantized model to an artifact of a target, checked and measured."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tuner.biases import bias_problem
-from tuner.errors import ExportError
+from tuner.errors import ExportError, TunerError
 from tuner.evaluation import EvalFunc
 from tuner.example import Axes, Example
 from tuner.exporters.agreement import Run
@@ -23,6 +25,7 @@ from tuner.model import InstrumentedModel
 from tuner.plan import Plan
 from tuner.schemes import TensorScheme
 from tuner.scores import read_score
+from tuner.tensors import tensors_in
 
 _OF_ANY_TYPE = ("calibration",)
 """Targets that only describe a model."""
@@ -43,7 +46,9 @@ def export_model(
 
     Raises UnknownNameError for an unknown target, ExportError for all that cannot be done.
     """
-    found = exporter(target)
+    found, place = exporter(target), _path_of(path)
+    if eval_func is not None and not callable(eval_func):
+        raise ExportError(f"eval_func is a {type(eval_func).__name__}: give a function of a model")
     if example is None:
         raise ExportError(
             "a model that was loaded knows no inputs (they are the user's data, and not saved): "
@@ -62,7 +67,7 @@ def export_model(
             traced=traced,
             plan=plan,
             ops=dict(model.ops),
-            path=Path(path),
+            path=place,
             batches=_sizes(traced, batches),
             evaluate=None if eval_func is None else evaluate,
         )
@@ -98,8 +103,10 @@ def _refuse_other_types(model: InstrumentedModel) -> None:
 
 def _sizes(traced: Traced, batches: tuple[int, ...]) -> tuple[int, ...]:
     """Return the batch sizes that the model can be run at; its own where it has no other."""
-    if any(size < 1 for size in batches):
-        raise ExportError(f"batch sizes are {batches}: give numbers from 1")
+    if not isinstance(batches, list | tuple) or not all(
+        isinstance(size, int) and size > 0 for size in batches
+    ):
+        raise ExportError(f"batches is {batches!r}: give a tuple of batch sizes from 1, or ()")
     now = traced.example.batch
     held = [name for name, t in named(traced.example) if t.dim() and len(t) == now]
     if all(0 in traced.dynamic.get(name, {}) for name in held):
@@ -152,9 +159,39 @@ def example_of(model: InstrumentedModel, inputs: Any) -> Example:
         return inputs
     if isinstance(inputs, (list, tuple)):
         inputs = tuple(inputs)
-    elif not isinstance(inputs, Mapping) and not hasattr(inputs, "shape"):
+    elif not isinstance(inputs, Mapping) and not isinstance(inputs, Tensor):
         raise ExportError(
             f"example_inputs is a {type(inputs).__name__}: give a tensor, a tuple of inputs or a "
             "mapping of them by name"
         )
-    return Example.of_batch(model.model, inputs)
+    _check_values(inputs)
+    try:
+        return Example.of_batch(model.model, inputs)
+    except TunerError:
+        raise
+    except Exception as error:  # the user's model may raise anything
+        shown = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs))
+        raise ExportError(
+            f"the model refuses example_inputs ({shown}): {type(error).__name__}: {error}. Give a "
+            "batch as the calibration data have it"
+        ) from error
+
+
+def _check_values(inputs: Any) -> None:
+    """Refuse inputs that an artifact cannot be compared on."""
+    tensors = list(tensors_in(inputs))
+    if not any(tensor.numel() for tensor in tensors):
+        raise ExportError(
+            "example_inputs has no tensor with elements: the artifact is compared with the "
+            "simulation on it. Give a batch as the calibration data have it"
+        )
+    if any(tensor.is_meta or tensor.isnan().any() for tensor in tensors):
+        raise ExportError(
+            "example_inputs has NaN or no data: the artifact is compared with the simulation on it"
+        )
+
+
+def _path_of(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise ExportError(f"path is {path!r}: give the path of a file or folder")
+    return Path(path)
