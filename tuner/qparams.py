@@ -1,5 +1,6 @@
 """Quantize, dequantize and fake-quantize a tensor; scale and zero point of the tensor itself."""
 
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from tuner import formats
 from tuner.blocks import block_qparams, mx_scale_of
 from tuner.calibrators import calibrated_range, calibrated_row_ranges
-from tuner.errors import DataError, SchemeError
+from tuner.errors import DataError, SchemeError, UnsupportedError
 from tuner.granularity import PerTensor
 from tuner.kernels import (
     Grid,
@@ -20,6 +21,7 @@ from tuner.kernels import (
     codec_of,
     compute_dtype,
     from_rows,
+    is_functional,
     is_transformed,
     masked_gradient,
     snap,
@@ -68,8 +70,9 @@ def fake_quantize(x: Tensor, scheme: TensorScheme, qparams: QParams | None = Non
     value to x / s, times s; x / s in fp32 for half precision. Scale and zero point come from `x`
     when they are not given. NaN stays NaN, ±inf saturates; floats keep −0. The gradient is passed
     straight through where `qmin <= x / s + zp <= qmax` (|x / s| up to the largest number of a
-    float), and is 0 elsewhere; `backward_format` rounds it. Raises DataError if `x` is not a
-    floating-point tensor, SchemeError if `qparams` do not fit it.
+    float), and is 0 elsewhere; `backward_format` rounds it. torch.vmap and torch.func.grad follow.
+    Raises DataError if `x` is not a floating-point tensor, SchemeError if `qparams` do not fit it;
+    the backward pass raises UnsupportedError if `x` was changed in place meanwhile.
     """
     check_floats(x, "quantization")
     if x.ndim == 0 and formats.get(scheme.format).block is not None:
@@ -86,8 +89,28 @@ def fake_quantize(x: Tensor, scheme: TensorScheme, qparams: QParams | None = Non
 def fake_quantize_on(x: Tensor, grid: Grid) -> Tensor:
     """Round to a grid; differentiable by the straight-through estimator where `x` asks for it."""
     if x.requires_grad and torch.is_grad_enabled():
-        return _StraightThrough.apply(x, grid)  # type: ignore[no-any-return, no-untyped-call]
+        bounds = _bounds(grid) if is_functional() else ()
+        return _StraightThrough.apply(x, grid, *bounds)  # type: ignore[no-any-return, no-untyped-call]
     return snap(x, grid)
+
+
+def _bounds(grid: Grid) -> tuple[Tensor | float | None, ...]:
+    return grid.scale, grid.low, grid.high, grid.inverse
+
+
+def _with_bounds(grid: Grid, bounds: tuple[Tensor | float | None, ...], like: Tensor) -> Grid:
+    """Return the grid with these bounds, where there are any: with numbers where no transform is.
+
+    torch.func.grad calls what is inside with the plain tensors, and so with the native kernels.
+    """
+    if not bounds:
+        return grid
+    dtype = compute_dtype(like.dtype)
+    scale, low, high, inverse = (b if b is None else _to(b, like.device, dtype) for b in bounds)
+    assert scale is not None
+    assert low is not None
+    assert high is not None
+    return replace(grid, scale=scale, low=low, high=high, inverse=inverse)
 
 
 def quantize(x: Tensor, scheme: TensorScheme, qparams: QParams) -> Tensor:
@@ -218,23 +241,47 @@ _GRIDS = _Grids()
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Round to a grid, with the gradient of the identity inside its range (Bengio et al. 2013)."""
+    """Round to a grid, with the gradient of the identity inside its range (Bengio et al. 2013).
+
+    Under a transform of torch.func the `bounds` of the grid come as arguments of their own: what it
+    does not see it cannot follow.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, grid: Grid) -> Tensor:
-        return snap(x, grid)
+    def forward(x: Tensor, grid: Grid, *bounds: Tensor | float | None) -> Tensor:
+        return snap(x, _with_bounds(grid, bounds, x))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Grid], output: Tensor) -> None:
-        x, ctx.grid = inputs
-        ctx.save_for_backward(x)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.grid, *bounds = inputs
+        ctx.bounds = [None if isinstance(bound, Tensor) else bound for bound in bounds]
+        ctx.places = [i for i, bound in enumerate(bounds) if isinstance(bound, Tensor)]
+        ctx.save_for_backward(x, *(bounds[i] for i in ctx.places))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return _gradient(x, gradient, ctx.grid), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = _saved(ctx)
+        bounds = list(ctx.bounds)
+        for place, bound in zip(ctx.places, saved, strict=True):
+            bounds[place] = bound
+        passed = _gradient(x, gradient, _with_bounds(ctx.grid, tuple(bounds), x))
+        return passed, None, *(None for _ in bounds)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        tensors: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise UnsupportedError(
+            "a tensor that was fake-quantized was changed in place before the backward pass, which "
+            "needs it as it was, to know where it was clamped: change a copy of it (x = x * 2 for "
+            "x.mul_(2), F.relu(x) for F.relu_(x)), or leave the op that reads it in float"
+        ) from error
+    return tensors
 
 
 def _gradient(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:

@@ -19,7 +19,7 @@ from tuner.kernels.layout import (
     parameter_shape,
     to_rows,
 )
-from tuner.kernels.native import MxScale, block_amax, is_transformed
+from tuner.kernels.native import MxScale, block_amax, is_functional, is_transformed
 from tuner.kernels.summaries import native_summary
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "compute_dtype",
     "flat_view",
     "from_rows",
+    "is_functional",
     "is_transformed",
     "masked_gradient",
     "native_summary",

@@ -95,6 +95,13 @@ def is_transformed() -> bool:
     return torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_functional() -> bool:
+    """Whether a transform of torch.func, such as vmap or grad, is on, and nothing is compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def takes(x: Tensor) -> bool:
     """Whether the native kernels can work on a tensor: plain, on the CPU, and not being traced."""
     if is_transformed() or type(x) not in _TYPES:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tuner.ops.base import Family, Operand, is_float_tensor, tensor_slot
@@ -58,6 +59,11 @@ class InPlaceFamily(SlotFamily):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Compute with the operands passed through `operand`, and write to the first one."""
+        """Compute with the operands passed through `operand`, and write to the first one.
+
+        Where a backward pass follows, that needs the operand as it was before: it is copied.
+        """
         target = args[0]
-        return target.copy_(super().invoke(operand, type(self).out_of_place, args, kwargs))
+        before = target.clone() if target.requires_grad and torch.is_grad_enabled() else target
+        function, operands = type(self).out_of_place, (before, *args[1:])
+        return target.copy_(super().invoke(operand, function, operands, kwargs))
