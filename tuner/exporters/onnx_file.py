@@ -39,8 +39,13 @@ class OnnxModel:
         return size > _EXTERNAL_BYTES
 
     def to_bytes(self) -> bytes:
-        """Return the file's contents."""
-        contents: bytes = ir.to_proto(self.model).SerializeToString()
+        """Return the file's contents, but for shapes within the graph: readers infer them.
+
+        ONNX Runtime infers more than the tracer knows, and fuses more where it does.
+        """
+        proto = ir.to_proto(self.model)
+        del proto.graph.value_info[:]
+        contents: bytes = proto.SerializeToString()
         return contents
 
     def save(self, path: Path) -> tuple[Path, ...]:
@@ -51,7 +56,10 @@ class OnnxModel:
         data = f"{path.name}.data" if self.is_large else None
         try:
             with staged(path) as place:
-                ir.save(self.model, place, external_data=data)
+                if data is None:
+                    place.write_bytes(self.to_bytes())
+                else:
+                    ir.save(self.model, place, external_data=data)
         except OSError as error:
             raise ExportError(
                 f"cannot write {str(path)!r}: {error.strerror or error}. Choose a path that can be "

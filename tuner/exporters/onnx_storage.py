@@ -1,15 +1,14 @@
-"""How the constants of an ONNX model are stored: 4-bit codes packed, halves as halves."""
+"""How an ONNX model is stored: 4-bit codes packed, halves as halves, no notes."""
 
 from collections.abc import Iterator
 
 import ml_dtypes
 import onnx_ir as ir
 
-from tuner.exporters.onnx_ops import STORED
+from tuner.exporters.onnx_ops import STORED, TENSOR
 from tuner.exporters.onnx_weights import FOUR_BITS_READ_AS_EIGHT, HALVES
 
 _HALF_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_OURS = "accutune."
 
 
 def store_small(model: ir.Model) -> None:
@@ -19,8 +18,18 @@ def store_small(model: ir.Model) -> None:
     """
     _pack_four_bits(model.graph)
     _halve(model.graph)
+    _leave_out_notes(model)
+
+
+def _leave_out_notes(model: ir.Model) -> None:
+    """Drop what the tracer notes of its own."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    ends = *model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()
+    for value in (*ends, *(made for node in model.graph for made in node.outputs)):
+        value.metadata_props.clear()
     for node in model.graph:
-        for key in [key for key in node.metadata_props if not key.startswith(_OURS)]:
+        for key in [key for key in node.metadata_props if key != TENSOR]:
             del node.metadata_props[key]
 
 

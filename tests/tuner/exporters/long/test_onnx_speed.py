@@ -1,6 +1,7 @@
 """What is spelled for ONNX Runtime's sake alone has the same values, and hits faster kernels."""
 
 from collections import Counter
+from pathlib import Path
 
 import onnx
 import pytest
@@ -180,3 +181,13 @@ def _value(found: Exported, name: str) -> Tensor:
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
     session = OnnxRuntimeSession(model.SerializeToString(), optimized=False)
     return session.run(found.traced.example.tensors)[-1]
+
+
+def test_files_hold_no_notes_of_the_tracer_and_no_shapes_within(tmp_path: Path) -> None:
+    found = exported(_stem(3, 2, 1), floats(2, 3, 8, 8))
+    found.model.save(tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    assert len(model.graph.value_info) == 0
+    assert len(model.metadata_props) + len(model.graph.metadata_props) == 0
+    keys = {prop.key for node in model.graph.node for prop in node.metadata_props}
+    assert keys == {"accutune.tensor"}
