@@ -86,25 +86,16 @@ def test_moved_codes_are_quantized_once(fmt: str) -> None:
     torch.testing.assert_close(plain(found, traced.example.tensors), expected, atol=0, rtol=0)
 
 
-class Again(nn.Module):
-    """Two layers that each quantize the same tensor in a way of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 4), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) + self.second(x)
-
-
 def test_another_scale_is_another_quantization() -> None:
+    other = scheme("uint8", symmetric=False, calibration="percentile", percentile=90.0)
     configs = {
-        "first": OpConfig(weight=W8, inputs=A8),
-        "second": OpConfig(weight=W8, inputs=scheme("uint8", symmetric=False, quant_max=100)),
+        "0": OpConfig(weight=W8, inputs=A8, output=A8),
+        "1": OpConfig(weight=W8, inputs=other),
     }
-    model = exported(Again(), floats(3, 8), only(configs))
+    net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    model = exported(net, floats(3, 8), only(configs))
     found = rewritten(model)
-    assert counts(found)["QuantizeLinear"] == 2
+    assert counts(found)["QuantizeLinear"] == 3
     assert_equal_values(model, found, 0)
 
 
