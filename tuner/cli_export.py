@@ -79,7 +79,10 @@ def bench(
     target: Annotated[str, typer.Option(help=_RUNTIME_HELP)] = "onnxruntime",
     batch: _Batches = None,
 ) -> None:
-    """Time a saved model: FP32 in torch, FP32 and quantized in the runtime, in turns."""
+    """Time a saved model: FP32 in torch, FP32 and quantized in the runtime, in turns.
+
+    The runtime of target torch is its compiler.
+    """
     model, loader, _ = _restored(directory, function, recipe)
     example = _first(model, loader)
     rows = benchmark(model._parts.model, example, target, (1, 8) if batch is None else batch)
@@ -113,10 +116,16 @@ def _first(model: QuantizedModel, loader: Any) -> Example:
     return example_of(model._parts.model, next(iter(read_batches(loader, None))))
 
 
+def _contenders(target: str) -> tuple[str, str, str]:
+    if not target.startswith("torch"):
+        return "FP32 torch, ms", f"FP32 {target}, ms", f"quantized {target}, ms"
+    unquantized = "BF16" if target.endswith(_BF16) else "FP32"
+    return "FP32 eager, ms", f"{unquantized} compiled, ms", "quantized compiled, ms"
+
+
 def _bench_table(rows: Iterable[BenchmarkRow], target: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    headers = ("batch", "FP32 torch, ms", f"FP32 {target}, ms", f"quantized {target}, ms")
-    for header in (*headers, "quartiles", "speedup"):
+    for header in ("batch", *_contenders(target), "quartiles", "speedup"):
         table.add_column(header, justify="right")
     for row in rows:
         mine = row.runtime_quantized

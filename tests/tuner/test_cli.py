@@ -47,14 +47,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tuner(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def tuner(
+    folder: Path, *arguments: str, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
     """Run the installed command in a folder."""
     command = Path(sys.executable).with_name("tuner")
     return subprocess.run(
         [str(command), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_s,
         cwd=folder,
         env=os.environ | {"COLUMNS": "120"},
     )

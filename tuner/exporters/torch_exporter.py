@@ -163,7 +163,14 @@ def checked(run: Run) -> Run:
 
 
 def _file(path: Path) -> Path:
-    return path if path.suffix == _SUFFIX else path / f"model{_SUFFIX}"
+    """Return the file to write; raises ExportError, before all compiling, where it cannot be."""
+    file = path if path.suffix == _SUFFIX else path / f"model{_SUFFIX}"
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ExportError(
+            f"cannot write {str(file)!r}: {str(parent)!r} is no directory. Choose another path"
+        )
+    return file
 
 
 def _copy(made: Path, path: Path) -> None:
