@@ -89,7 +89,7 @@ class CalibrationExporter(Exporter):
             target=self.target,
             files=tuple(request.path / name for name in files),
             size_bytes=size,
-            float_size_bytes=size,
+            float_size_bytes=None,
             agreement=None,
             notes=_notes(ranges, request.plan),
         )

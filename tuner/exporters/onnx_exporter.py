@@ -172,8 +172,10 @@ def _refuse_apart(layers: Iterable[LayerAgreement]) -> None:
         if layer.max_steps > _MOST_STEPS:
             raise ExportError(
                 f"{layer.name} is {layer.max_steps:.0f} quantization steps from the simulation "
-                f"({layer.equal:.2%} of its codes are equal): this CPU's integer kernels saturate "
-                "where they add products of 8 bits. Tune with reduce_range=True on the inputs"
+                f"({layer.equal:.2%} of its codes are equal): nothing was written. Either the "
+                "runtime has no exact kernel for what comes before it: leave that float, or choose "
+                "another format. Or this CPU's kernels saturate where they add products of 8 bits: "
+                "tune with reduce_range=True on the inputs"
             )
 
 

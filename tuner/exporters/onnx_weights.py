@@ -154,6 +154,8 @@ def why_not_looked_up(codes: WeightCodes) -> str | None:
     """Return why rows of an embedding table cannot become floats one by one, None if they can."""
     if codes.group and codes.axis == 0:
         return "its groups lie across the rows of the table"
+    if codes.codes.dtype in FLOAT8.values():
+        return "runtimes look no rows of FP8 up: its values are stored as floats"
     return None
 
 

@@ -70,7 +70,7 @@ class ExportReport:
     target: str
     files: tuple[Path, ...]
     size_bytes: int
-    float_size_bytes: int
+    float_size_bytes: int | None
     agreement: Agreement | None
     layers: tuple[LayerAgreement, ...] = ()
     latency: tuple[Latency, ...] = ()
@@ -79,9 +79,9 @@ class ExportReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def size_ratio(self) -> float:
-        """The size of the files as a share of FP32's in the same format."""
-        return self.size_bytes / self.float_size_bytes
+    def size_ratio(self) -> float | None:
+        """The size of the files as a share of FP32's in the same format, None without weights."""
+        return None if self.float_size_bytes is None else self.size_bytes / self.float_size_bytes
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return the report as JSON has it."""
@@ -91,7 +91,7 @@ class ExportReport:
         """Return a few lines for people."""
         lines = [
             f"Exported for {self.target}: {', '.join(str(path) for path in self.files)}",
-            f"Size: {self.size_bytes / 1024:.0f} KiB, {self.size_ratio:.1%} of FP32",
+            f"Size: {self.size_bytes / 1024:.0f} KiB{_share(self.size_ratio)}",
         ]
         lines += _agreement_lines(self)
         lines += [_latency_line(entry) for entry in self.latency]
@@ -99,6 +99,10 @@ class ExportReport:
             lines.append(f"eval_func on the artifact: {self.metric:.5g}")
         lines += [f"Not in low precision: {left.op}: {left.reason}" for left in self.left_float]
         return "\n".join([*lines, *self.notes])
+
+
+def _share(ratio: float | None) -> str:
+    return "" if ratio is None else f", {ratio:.1%} of FP32"
 
 
 def _latency_line(entry: Latency) -> str:

@@ -137,3 +137,10 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_every_choice_has_a_range() -> None:
     ops = model()._parts.model.ops
     assert CalibrationExporter().why_not(ops["a"], OpConfig(weight=W4)) is None
+
+
+def test_ranges_are_no_share_of_the_model(tmp_path: Path) -> None:
+    report = exported(tmp_path / "out")
+    assert report.size_ratio is None
+    assert "of FP32" not in report.summary()
+    assert report.to_dict()["float_size_bytes"] is None

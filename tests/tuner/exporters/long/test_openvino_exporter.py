@@ -162,7 +162,7 @@ def test_weights_alone_stay_in_their_codes(fmt: str, group: int | None, tmp_path
     asked = request(net, floats(2, 256), tmp_path, space, batches=())
     report = OpenVinoExporter().export(asked)
     assert report.left_float == ()
-    assert report.size_ratio < (0.2 if fmt == "int4" else 0.3)
+    assert 0 < (report.size_ratio or 0) < (0.2 if fmt == "int4" else 0.3)
     session = OpenVinoSession(report.files[0])
     session.run(asked.traced.example.tensors)
     (kernel,) = session.products()

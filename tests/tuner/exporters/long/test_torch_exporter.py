@@ -176,7 +176,7 @@ def test_four_bits_are_stored_in_half_a_byte(tmp_path: Path) -> None:
     x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0))
     asked = request(Wide, x, named(fc=four), tmp_path)
     report = TorchExporter().export(asked)
-    assert report.size_ratio < 0.21
+    assert 0 < (report.size_ratio or 0) < 0.21
     assert report.agreement is not None
     assert report.agreement.max_abs < 1e-4
 
