@@ -77,7 +77,7 @@ class OnnxRuntimeExporter(OnnxExporter):
         model = to_onnx(qdq_graph(prepared, quick=True).module, prepared)
         if on_codes:
             model = without_ends(model)
-        session = OnnxRuntimeSession(model.to_bytes())
+        session = model.load(OnnxRuntimeSession)
         inputs = inputs_of(model, traced.example.with_batch(batch).tensors)
         return partial(session.run, inputs)
 
@@ -98,7 +98,7 @@ class Spelled:
     traced: Traced
     graph: QdqGraph
     model: OnnxModel
-    reference: bytes
+    reference: OnnxModel
 
 
 class Session(Protocol):
@@ -111,7 +111,7 @@ def spelled(request: ExportRequest, clips_values: bool = False, quick: bool = Fa
     """Return a model as QDQ; for `clips_values` and `quick` see `qdq_graph`."""
     traced = hoisted(request.traced)
     graph = qdq_graph(traced, clips_values, quick)
-    reference = to_onnx(float_graph(traced), traced).to_bytes()
+    reference = to_onnx(float_graph(traced), traced)
     return Spelled(traced, graph, to_onnx(graph.module, traced), reference)
 
 
@@ -123,8 +123,8 @@ def written(
 ) -> ExportReport:
     """Write the file that a runtime loads, once it agrees layer by layer; check and time it."""
 
-    def run_of(model: bytes) -> Run:
-        return load(model).run
+    def run_of(model: OnnxModel) -> Run:
+        return model.load(load).run
 
     traced = found.traced
     layers = layer_agreement(found.model, found.graph.pairs, traced, run_of)
@@ -135,7 +135,7 @@ def written(
         target=target,
         files=files,
         size_bytes=sum(path.stat().st_size for path in files),
-        float_size_bytes=len(found.reference),
+        float_size_bytes=found.reference.size_bytes,
         agreement=agreement(traced, session.run),
         layers=layers,
         latency=latencies(traced, session.run, run_of(found.reference), request.batches),
@@ -144,13 +144,11 @@ def written(
     )
 
 
-def check_float(traced: Traced, load: Callable[[bytes], Session]) -> None:
+def check_float(traced: Traced, load: Callable[[Path | bytes], Session]) -> None:
     """Raise ExportError where a runtime does not run the FP32 model as it is."""
-    model = to_onnx(float_graph(traced), traced)
-    if model.is_large:
-        return
+    session = to_onnx(float_graph(traced), traced).load(load)
     tensors = traced.example.tensors
-    if (why := apart(traced.simulate(*tensors), load(model.to_bytes()).run(tensors))) is not None:
+    if (why := apart(traced.simulate(*tensors), session.run(tensors))) is not None:
         raise ExportError(f"the runtime computes this model otherwise than PyTorch: {why}")
 
 

@@ -1,13 +1,15 @@
 """Writes a graph as an ONNX file: opset by need, names kept, INT4 packed."""
 
 import logging
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -23,6 +25,7 @@ from tuner.saved_files import staged
 _BASE_OPSET = 20
 _EXTERNAL_BYTES = 2_000_000_000
 _NEW_TYPES = (torch.int16, torch.uint16)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,19 +37,31 @@ class OnnxModel:
     @property
     def is_large(self) -> bool:
         """Whether the constants exceed what one file can hold."""
+        return self._constant_bytes > _EXTERNAL_BYTES
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the files; of large ones that of the constants, all but some KiB of it."""
+        return self._constant_bytes if self.is_large else len(self.to_bytes())
+
+    @property
+    def _constant_bytes(self) -> int:
         values = self.model.graph.initializers.values()
-        size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
-        return size > _EXTERNAL_BYTES
+        return sum(v.const_value.nbytes for v in values if v.const_value is not None)
+
+    def load(self, runtime: Callable[[Path | bytes], T]) -> T:
+        """Return what a runtime makes of the model: of a file that is then gone, if it is large."""
+        if not self.is_large:
+            return runtime(self.to_bytes())
+        with tempfile.TemporaryDirectory() as folder:
+            return runtime(self.save(Path(folder) / "model.onnx")[0])
 
     def to_bytes(self) -> bytes:
         """Return the file's contents, but for shapes within the graph: readers infer them.
 
         ONNX Runtime infers more than the tracer knows, and fuses more where it does.
         """
-        proto = ir.to_proto(self.model)
-        del proto.graph.value_info[:]
-        contents: bytes = proto.SerializeToString()
-        return contents
+        return _without_shapes(ir.to_proto(self.model))
 
     def save(self, path: Path) -> tuple[Path, ...]:
         """Write the file, with its constants beside it where they exceed 2 GB; return the files.
@@ -60,12 +75,19 @@ class OnnxModel:
                     place.write_bytes(self.to_bytes())
                 else:
                     ir.save(self.model, place, external_data=data)
+                    place.write_bytes(_without_shapes(onnx.load(place, load_external_data=False)))
         except OSError as error:
             raise ExportError(
                 f"cannot write {str(path)!r}: {error.strerror or error}. Choose a path that can be "
                 "written, with room left on the disk"
             ) from error
         return (path,) if data is None else (path, path.parent / data)
+
+
+def _without_shapes(proto: onnx.ModelProto) -> bytes:
+    del proto.graph.value_info[:]
+    contents: bytes = proto.SerializeToString()
+    return contents
 
 
 def to_onnx(graph: fx.GraphModule, traced: Traced) -> OnnxModel:

@@ -19,7 +19,7 @@ from tuner.exporters.tracing import Traced
 
 _LEVELS = 127
 
-Runner = Callable[[bytes], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
+Runner = Callable[[OnnxModel], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 """Loads a model and returns what runs it."""
 
 
@@ -35,7 +35,7 @@ def layer_agreement(
     simulation = traced.simulation()
     outputs = simulation.run(*traced.example.tensors)
     codes = [_codes(simulation.reached[pair.marker], pair) for pair in kept]
-    run = load(ir.to_proto(forced).SerializeToString())
+    run = load(OnnxModel(forced))
     found = run([*traced.example.tensors, *codes])
     count = len(traced.outputs)
     inner = zip(kept, codes, found[count:], strict=True)

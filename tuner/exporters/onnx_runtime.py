@@ -21,6 +21,8 @@ Not session.set_denormal_as_zero, though a softmax over masked scores is seven t
 it: it changes the arithmetic of the whole thread, for everybody and for good.
 """
 
+_CONSTANTS_BESIDE = "session.optimized_model_external_initializers_file_name"
+
 
 class OnnxRuntimeSession:
     """A session of ONNX Runtime with as many threads as torch has.
@@ -42,6 +44,7 @@ class OnnxRuntimeSession:
             options.add_session_config_entry(name, value)
         if keep is not None:
             options.optimized_model_filepath = str(keep)
+            options.add_session_config_entry(_CONSTANTS_BESIDE, f"{keep.name}.data")
         try:
             self._session = onnxruntime.InferenceSession(
                 source if isinstance(source, bytes) else str(source),
@@ -69,4 +72,4 @@ def optimized_graph(path: Path) -> onnx.GraphProto:
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "optimized.onnx"
         OnnxRuntimeSession(path, keep=kept)
-        return onnx.load(kept).graph
+        return onnx.load(kept, load_external_data=False).graph

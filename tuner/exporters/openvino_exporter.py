@@ -5,14 +5,13 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
-import onnx
 import onnx_ir as ir
 
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_codes import inputs_of, without_ends
 from tuner.exporters.onnx_exporter import Spelled, check_float, merged, spelled, written
-from tuner.exporters.onnx_file import OnnxModel, to_onnx
+from tuner.exporters.onnx_file import to_onnx
 from tuner.exporters.onnx_graph import qdq_graph
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
 from tuner.exporters.openvino_graph import fusible
@@ -54,7 +53,7 @@ class OpenVinoExporter(Exporter):
         model = fusible(to_onnx(qdq_graph(prepared, clips_values=True).module, prepared))
         if on_codes:
             model = without_ends(model)
-        session = OpenVinoSession(model.to_bytes())
+        session = model.load(OpenVinoSession)
         return partial(session.run, inputs_of(model, traced.example.with_batch(batch).tensors))
 
     def export(self, request: ExportRequest) -> ExportReport:
@@ -87,8 +86,7 @@ def _better_in_float(request: ExportRequest) -> Iterator[str]:
 def _spelled(request: ExportRequest) -> Spelled:
     """Return a model and its FP32 counterpart, both as OpenVINO fuses them."""
     found = spelled(request, clips_values=True)
-    reference = fusible(OnnxModel(ir.from_proto(onnx.load_from_string(found.reference))))
-    return replace(found, model=fusible(found.model), reference=reference.to_bytes())
+    return replace(found, model=fusible(found.model), reference=fusible(found.reference))
 
 
 def _beside_onnx_runtime(
@@ -97,7 +95,7 @@ def _beside_onnx_runtime(
     """Say how fast FP32 is in ONNX Runtime, whose QDQ the file is."""
     if not request.batches:
         return
-    reference = OnnxRuntimeSession(found.reference).run
+    reference = found.reference.load(OnnxRuntimeSession).run
     for entry in latencies(found.traced, session.run, reference, request.batches):
         yield (
             f"FP32 in ONNX Runtime takes {entry.float_ms:.3g} ms at batch {entry.batch}: "

@@ -121,7 +121,10 @@ class Exported:
 
     def layers(self) -> tuple[LayerAgreement, ...]:
         return layer_agreement(
-            self.model, self.graph.pairs, self.traced, lambda model: OnnxRuntimeSession(model).run
+            self.model,
+            self.graph.pairs,
+            self.traced,
+            lambda model: model.load(OnnxRuntimeSession).run,
         )
 
     @cached_property

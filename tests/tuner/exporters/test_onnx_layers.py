@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tuner.exporters.onnx_nets import Exported, exported
+from tuner.exporters.onnx_file import OnnxModel
 from tuner.exporters.onnx_layers import layer_agreement
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
 from tuner.exporters.report import LayerAgreement
@@ -24,8 +25,8 @@ def layers() -> Exported:
 def compared(layers: Exported, wrong: Callable[[Tensor], Tensor]) -> dict[str, LayerAgreement]:
     """Compare with a runtime whose floats or codes come out wrong."""
 
-    def load(model: bytes) -> Run:
-        run = OnnxRuntimeSession(model).run
+    def load(model: OnnxModel) -> Run:
+        run = model.load(OnnxRuntimeSession).run
         return lambda inputs: [wrong(tensor) for tensor in run(inputs)]
 
     found = layer_agreement(layers.model, layers.graph.pairs, layers.traced, load)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.tuner.exporters.onnx_nets import A8, W8, Branches, floats, only, request, scheme
 from tuner import OpConfig, PerChannel
 from tuner.errors import ExportError
+from tuner.exporters import onnx_file
 from tuner.exporters.onnx_exporter import OnnxExporter, OnnxRuntimeExporter, file_of
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
 from tuner.exporters.targets import exporter
@@ -111,3 +112,28 @@ def test_the_onnx_target_says_what_it_can_express() -> None:
     with_int4 = OpConfig(weight=scheme("int4", PerChannel(0)))
     assert onnx.why_not(op, with_int4) is None
     assert exporter("onnxruntime").why_not(op, with_int4) is None
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime", "openvino"])
+def test_constants_too_large_for_one_file_lie_beside_it(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is lowered: 2 GB take minutes. FP32 in the same runtime is as large, and timed."""
+    whole = exporter(target).export(request(net(), floats(4, 5, 32), tmp_path / "one", SPACE))
+    monkeypatch.setattr(onnx_file, "_EXTERNAL_BYTES", 10_000)
+    path = tmp_path / "two" / "model.onnx"
+    report = exporter(target).export(request(net(), floats(4, 5, 32), path, SPACE, batches=(1,)))
+    data = path.with_name("model.onnx.data")
+    assert report.files == (path, data)
+    assert data.stat().st_size > 10_000 > path.stat().st_size / 10
+    assert report.size_bytes == path.stat().st_size + data.stat().st_size
+    assert report.float_size_bytes == pytest.approx(whole.float_size_bytes, rel=0.2)
+    assert report.agreement == whole.agreement
+    assert report.layers == whole.layers
+    assert report.left_float == whole.left_float
+    assert len(report.latency) == 1
+    moved = tmp_path / "moved"
+    path.parent.rename(moved)
+    found = OnnxRuntimeSession(moved / "model.onnx").run([floats(4, 5, 32)])
+    expected = OnnxRuntimeSession(whole.files[0]).run([floats(4, 5, 32)])
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
