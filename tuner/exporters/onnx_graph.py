@@ -20,6 +20,7 @@ from tuner.exporters.onnx_activations import (
     spelling_of,
     why_not_spelled,
 )
+from tuner.exporters.onnx_masks import fill_empty_rows
 from tuner.exporters.onnx_speed import speed_up
 from tuner.exporters.onnx_weights import (
     FOUR_BITS,
@@ -87,6 +88,7 @@ def float_graph(traced: Traced) -> fx.GraphModule:
         if is_marker(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+    fill_empty_rows(module)
     module.recompile()
     return module
 
@@ -106,6 +108,7 @@ def qdq_graph(traced: Traced, clips_values: bool = False, quick: bool = False) -
     left = [found for weight in traced.weights if (found := rewriting.spell_weight(weight))]
     if quick:
         speed_up(rewriting.module)
+    fill_empty_rows(rewriting.module)
     rewriting.module.graph.eliminate_dead_code()
     rewriting.module.recompile()
     _drop_unused(rewriting.module)
