@@ -6,11 +6,13 @@ functional calls are `path/function:index`, counted anew at each call of the mod
 The mode is not active where torch.utils.checkpoint computes a function again: that is refused.
 """
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -344,8 +346,20 @@ def _remade(kind: str, base: type[nn.Module]) -> nn.Module:
 
 def _swapped_class(kind: str, base: type[nn.Module]) -> type[nn.Module]:
     if (kind, base) not in _classes:
-        _classes[kind, base] = subclassed(base, {"_tuner_base": base}, _MIXINS[kind])
+        mixin = _MIXINS[kind]
+        members = {"_tuner_base": base, "forward": _signed(vars(mixin)["forward"], base)}
+        _classes[kind, base] = subclassed(base, members, mixin)
     return _classes[kind, base]
+
+
+def _signed(forward: Any, base: type[nn.Module]) -> Callable[..., Any]:
+    """Return a copy of a mixin's forward that shows the parameters of a class's own."""
+    copied: Any = FunctionType(forward.__code__, forward.__globals__, forward.__name__)
+    try:
+        copied.__signature__ = inspect.signature(base.forward)
+    except (TypeError, ValueError):  # built in, or not a function
+        return forward  # type: ignore[no-any-return]
+    return copied  # type: ignore[no-any-return]
 
 
 def unswap(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Where function calls are watched, by whom, and what stays after a forward."""
 
 import gc
+import inspect
 import threading
 import weakref
 from typing import Any
@@ -218,3 +219,18 @@ def test_nothing_holds_an_activation_after_the_forward(monkeypatch: pytest.Monke
     gc.collect()
     assert len(seen) > 8
     assert not [x for reference in seen if (x := reference()) is not None]
+
+
+def test_a_watched_model_shows_the_parameters_of_its_own_forward() -> None:
+    """Batches are passed by them: of (x, y) a model gets as many as it requires."""
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, *, scale: float = 1.0) -> Tensor:
+            return x @ y * scale
+
+    model = Two()
+    expected = inspect.signature(model.forward)
+    batch = torch.eye(2), torch.eye(2)
+    simulated = quantization.simulate(model, inputs=INT8, calib_dataloader=[batch])
+    assert type(simulated) is not Two
+    assert inspect.signature(simulated.forward) == expected
