@@ -48,19 +48,21 @@ class CharLM(nn.Module):
     def __init__(self, tied: bool) -> None:
         super().__init__()
         self.embedding = nn.Embedding(_VOCABULARY, _WIDTH)
-        self.position = nn.Parameter(torch.randn(_CONTEXT, _WIDTH) * 0.05)
+        self.position = nn.Embedding(_CONTEXT, _WIDTH)
         self.blocks = nn.ModuleList(
             Block(_WIDTH, _HEADS, _HIDDEN, causal=True) for _ in range(_DEPTH)
         )
         self.norm = nn.LayerNorm(_WIDTH)
         self.head = nn.Linear(_WIDTH, _VOCABULARY, bias=False)
+        nn.init.normal_(self.position.weight, std=0.05)
         nn.init.normal_(self.embedding.weight, std=0.05)
         if tied:
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits [N, T, vocabulary] of the characters that follow tokens [N, T]."""
-        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embedding(tokens) + self.position(places)
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
