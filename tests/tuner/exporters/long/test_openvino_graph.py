@@ -34,7 +34,7 @@ FLOAT_ATTENTION = SearchSpace(
 
 
 def rewritten(model: Exported) -> OnnxModel:
-    found = fusible(OnnxModel(ir.from_proto(onnx.load_from_string(model.contents))))
+    found = fusible(OnnxModel(ir.from_proto(ir.to_proto(model.model.model))))
     onnx.checker.check_model(found.to_bytes(), full_check=True)
     return found
 
