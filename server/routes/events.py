@@ -104,12 +104,15 @@ async def _stream(
             if not events:
                 with anyio.move_on_after(HEARTBEAT_S) as waited:
                     await watch.newer_than(after)
-                if not await run_in_threadpool(_may_listen, services, caller):
-                    return
                 if waited.cancelled_caught:
+                    if not await run_in_threadpool(_may_listen, services, caller):
+                        return
                     yield KEEPALIVE_COMMENT
                     continue
             events = await run_in_threadpool(services.jobs.events, job_id, after, _BATCH)
+            # asked last: no event that came after the token was revoked is sent
+            if not await run_in_threadpool(_may_listen, services, caller):
+                return
 
 
 def _may_listen(services: Services, caller: Caller) -> bool:
