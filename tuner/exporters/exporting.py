@@ -144,7 +144,7 @@ def _rounded_otherwise(found: Exporter, model: InstrumentedModel, plan: Plan) ->
     if biases:
         yield (
             f"{found.target} rounds {biases} biases to steps of input scale × weight scale, which "
-            f"are float in the plan: {tuned}"
+            f"are float in the plan: {tuned}, or one with OpConfig(bias=…) of the format int32"
         )
     if sums:
         yield (

@@ -92,7 +92,7 @@ class IntegerExporter(Exporter):
             layers=layers,
             left_float=_left_float(request, document),
             metric=None if request.evaluate is None else request.evaluate(run),
-            notes=_notes(document, request.plan),
+            notes=_notes(document),
         )
 
 
@@ -202,7 +202,7 @@ def _left_float(request: ExportRequest, document: Document) -> tuple[LeftFloat, 
     return tuple(left)
 
 
-def _notes(document: Document, plan: Plan) -> tuple[str, ...]:
+def _notes(document: Document) -> tuple[str, ...]:
     notes = ["No latency: the numpy runner is a reference, no fast runtime."]
     if document.layers:
         widest = max(document.layers, key=lambda each: each["accumulator_bits"])
@@ -215,11 +215,4 @@ def _notes(document: Document, plan: Plan) -> tuple[str, ...]:
         f"{fused} of {len(document.quantizers)} quantized tensors come from integers by multiplier "
         "and shift, the others from floats."
     )
-    biased = {each["op"] for each in document.layers if each["has_bias"]}
-    rounded = sum(plan[op].bias is None for op in biased if op in plan)
-    if rounded:
-        notes.append(
-            f"The plan has {rounded} float biases, which are int32 here: OpConfig(bias=…) with the "
-            "format int32 puts that into the simulation too."
-        )
     return tuple(notes)

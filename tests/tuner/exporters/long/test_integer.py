@@ -70,7 +70,6 @@ def test_every_quantized_tensor_is_within_one_step(net_report: ExportReport) -> 
     assert report.agreement is not None
     assert report.agreement.max_abs < 0.05
     assert report.left_float == ()
-    assert any("4 float biases" in note for note in report.notes)
     assert report.latency == ()
     assert report.size_bytes == sum(path.stat().st_size for path in report.files)
 
