@@ -1,6 +1,6 @@
 """Compares what an artifact gives with the simulated model, on real inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from tuner.errors import ExportError
 from tuner.example import Example
 from tuner.exporters.probes import GROSS, apart, named, probes
-from tuner.exporters.report import Agreement
+from tuner.exporters.report import Agreement, LayerAgreement
 from tuner.exporters.tracing import Traced
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -16,6 +16,7 @@ Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 _NOISE = 1e-6
 _SEEDS = 3
+_LEVELS = 127
 _AS_FAR = 3.0  # as on the example: the largest of differences that rounding makes varies
 
 
@@ -60,6 +61,20 @@ def perturbation_floor(traced: Traced, expected: Sequence[Tensor]) -> float:
                 e, m = _floats(one, other)
                 worst = max(worst, (m - e).abs().max().item())
     return worst
+
+
+def output_steps(
+    traced: Traced, expected: Sequence[Tensor], found: Sequence[Tensor]
+) -> Iterator[LayerAgreement]:
+    """Yield how far each output of floats is apart: a step is 1/127 of its largest magnitude."""
+    for name, e, f in zip(traced.outputs, expected, found, strict=True):
+        if e.is_floating_point() and e.numel():
+            wanted, actual = _floats(e, f)
+            finite = e[e.isfinite()].double().abs()
+            step = finite.amax().item() / _LEVELS if finite.numel() else 1.0
+            steps = (actual - wanted).abs() / max(step, 1e-30)
+            equal = (steps < 1 / _LEVELS).double().mean().item()
+            yield LayerAgreement(name, steps.max().item(), equal)
 
 
 def _floats(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

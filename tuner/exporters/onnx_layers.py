@@ -11,13 +11,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from tuner.exporters.agreement import output_steps
 from tuner.exporters.onnx_file import OnnxModel
 from tuner.exporters.onnx_graph import Pair
 from tuner.exporters.onnx_ops import TENSOR
 from tuner.exporters.report import LayerAgreement
 from tuner.exporters.tracing import Traced
-
-_LEVELS = 127
 
 Runner = Callable[[OnnxModel], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 """Loads a model and returns what runs it."""
@@ -39,20 +38,10 @@ def layer_agreement(
     found = run([*traced.example.tensors, *codes])
     count = len(traced.outputs)
     inner = zip(kept, codes, found[count:], strict=True)
-    ends = zip(traced.outputs, outputs, found[:count], strict=True)
     return (
         *(_compared(pair, expected, actual) for pair, expected, actual in inner),
-        *(_ended(*end) for end in ends if end[1].is_floating_point() and end[1].numel()),
+        *output_steps(traced, outputs, found[:count]),
     )
-
-
-def _ended(name: str, expected: Tensor, found: Tensor) -> LayerAgreement:
-    wanted, actual = expected.double(), found.double()
-    apart = torch.where(wanted == actual, 0.0, (actual - wanted).abs())  # infinities are equal
-    step = wanted[wanted.isfinite()].abs().amax() / _LEVELS if wanted.isfinite().any() else 1.0
-    steps = apart / torch.as_tensor(step).clamp(min=1e-30)
-    equal = (steps < 1 / _LEVELS).double().mean().item()
-    return LayerAgreement(name, steps.max().item(), equal)
 
 
 def _forced(model: ir.Model, pairs: Sequence[Pair]) -> tuple[ir.Model, list[Pair]]:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tuner.exporters.agreement import output_steps
 from tuner.exporters.report import LayerAgreement
 from tuner.exporters.torch_eager import with_integer_kernels
 from tuner.exporters.torch_spelling import SPELLED, SpelledMarker
 from tuner.exporters.tracing import Simulation, Traced
-
-_LEVELS = 127
 
 
 @torch.no_grad()
@@ -28,10 +27,9 @@ def layer_agreement(traced: Traced, graph: fx.GraphModule) -> tuple[LayerAgreeme
     expected = simulation.run(*traced.example.tensors)
     forced = _Forced(with_integer_kernels(graph), traced, simulation)
     found = forced.run(*traced.example.tensors)
-    ends = zip(traced.outputs, expected, found, strict=True)
     return (
         *forced.layers.values(),
-        *(_ended(*end) for end in ends if end[1].is_floating_point() and end[1].numel()),
+        *output_steps(traced, expected, found),
     )
 
 
@@ -68,12 +66,3 @@ class _Forced(fx.Interpreter):
         values = self._quantizers[marker.key](self._simulation.reached[marker.node])
         codes = torch.round(values.double() / marker.codes.scale) + marker.codes.zero_point
         return codes.to(torch.uint8)
-
-
-def _ended(name: str, expected: Tensor, found: Tensor) -> LayerAgreement:
-    wanted, actual = expected.double(), found.double()
-    apart = torch.where(wanted == actual, 0.0, (actual - wanted).abs())  # infinities are equal
-    largest = wanted[wanted.isfinite()].abs().amax().item() if wanted.isfinite().any() else _LEVELS
-    steps = apart / max(largest / _LEVELS, 1e-30)
-    equal = (steps < 1 / _LEVELS).double().mean().item()
-    return LayerAgreement(name, steps.max().item(), equal)
