@@ -11,6 +11,7 @@ from torch import Tensor
 from tuner.errors import DataError
 from tuner.float_layout import FP32_LARGEST, FloatLayout
 from tuner.formats import Format
+from tuner.kernels.buffers import POOL
 
 Bound = float | Tensor
 _EXPONENT_MASK = 0x7F800000
@@ -147,9 +148,12 @@ class FloatCodec:
         return rounded if self.layout.has_negative_zero else rounded.add_(0.0)  # −0 + 0 = 0
 
     def _by_sum(self, steps: Tensor) -> Tensor:
-        power = steps.view(torch.int32).bitwise_and(_EXPONENT_MASK).view(torch.float32)
-        power = power.clamp_(min=self.layout.smallest_normal)
-        return steps.add(power, alpha=self.magic).sub_(power, alpha=self.magic)
+        spare = [None, None] if _cannot_write_out() else [POOL.empty_like(steps) for _ in range(2)]
+        bits = None if spare[0] is None else spare[0].view(torch.int32)
+        bits = torch.bitwise_and(steps.view(torch.int32), _EXPONENT_MASK, out=bits)
+        power = bits.view(torch.float32).clamp_(min=self.layout.smallest_normal)
+        total = torch.add(steps, power, alpha=self.magic, out=spare[1])
+        return total.sub_(power, alpha=self.magic)
 
     def _by_bits(self, magnitude: Tensor) -> Tensor:
         shift = _FP32_MANTISSA - self._mantissa

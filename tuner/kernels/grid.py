@@ -1,5 +1,6 @@
 """Rounding to the grid of a format: natively, or in torch over cache-sized chunks."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,8 @@ from tuner.kernels.fused import FusedGrid, fusible
 from tuner.kernels.layout import block_parameter, block_view
 from tuner.kernels.native import Bounds, NativeGrid, is_plain, is_transformed, takes
 
-_CHUNK = 128 * 1024  # values: less, and the calls cost more than the cache saves
+_WHOLE = 128 * 1024  # values that are computed in one piece
+_CHUNK = 384 * 1024  # values: less, and the calls cost more than the cache saves
 _SLACK = 2.0**-22  # two roundings of fp32
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
@@ -125,7 +127,9 @@ def _snap_in_torch(x: Tensor, grid: Grid) -> Tensor:
     if _is_whole(x) or isinstance(grid.codec, FunctionCodec):  # which may look at the whole tensor
         steps, low, high = _steps(x, grid)
         levels = grid.codec.round_(steps, low, high).mul(_fit(grid.scale, x, grid.granularity))
-        return _stored(levels, x.dtype).reshape(x.shape)
+        levels = _stored(levels, x.dtype)
+        # never a view: what a function of autograd returns could then not be changed in place
+        return levels if levels.shape == x.shape else levels.reshape(x.shape).clone()
     out = POOL.empty_like(x)
     if out.stride() != x.stride():  # x has gaps or overlaps: go on from a dense copy
         x = out.copy_(x)
@@ -213,9 +217,11 @@ def _chunks(
     x = tensors[0]
     fitted = [None if p is None else _fit(p, x, granularity) for p in parameters]
     if all(not isinstance(p, Tensor) or p.ndim == 0 for p in fitted):
-        tensors = tuple(t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors)
-    else:
-        tensors = tuple(block_view(t, granularity) for t in tensors)
+        flat = (t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors)
+        pieces = (t.split(_CHUNK * torch.get_num_threads()) for t in flat)
+        yield from zip(zip(*pieces, strict=True), itertools.repeat(fitted), strict=False)
+        return
+    tensors = tuple(block_view(t, granularity) for t in tensors)
     ndim, size = tensors[0].ndim, tensors[0].shape[0]
     length = _chunk_length(tensors[0])
     for start in range(0, size, length):
@@ -228,7 +234,7 @@ def _chunks(
 
 def _is_whole(x: Tensor) -> bool:
     """Whether to compute in one piece: `x` fits the cache, is on an accelerator, or transformed."""
-    return x.numel() <= _CHUNK or not x.is_cpu or is_transformed()
+    return x.numel() <= _WHOLE or not x.is_cpu or is_transformed()
 
 
 def _chunk_length(x: Tensor) -> int:

@@ -37,8 +37,9 @@ typedef struct {
 enum { STRIP = 64 };                /* short runs that a thread takes at a time */
 enum { CACHED = 256 };              /* values that stay in the cache over all entries */
 enum { LINE = 64 };                 /* bytes that come into the cache together */
-enum { NEAR = 128, AHEAD = 512 };   /* values masked at a time, and fetched before their turn */
-enum { BLOCKS_AHEAD = 32 };         /* the same for blocks */
+enum { NEAR = 512, AHEAD = 512 };   /* values masked at a time, and fetched before their turn */
+enum { TOGETHER = 16 };             /* blocks whose scales are found at once */
+enum { BLOCKS = 512 };              /* that a thread takes at a time */
 enum { GATHERED = 1024 };           /* values of short rows that are put together first */
 enum { ROWS_AHEAD = 16 };           /* short rows fetched before their turn */
 
@@ -195,10 +196,8 @@ ALWAYS_INLINE uint32_t amax_of_##SUFFIX(const T *x, int64_t n) {                
     LOOP(const uint32_t u = bits_of(LOAD(x[i])) & 0x7fffffffu; amax = u > amax ? u : amax;)        \
     return amax;                                                                                   \
 }                                                                                                  \
-ALWAYS_INLINE void snap_block_##SUFFIX(const T *restrict x, T *restrict y, int64_t n,              \
-                                       const mx_t *mx, int rounding, const codec_t *plain) {       \
-    const float s = mx_scale(amax_of_##SUFFIX(x, n), mx, rounding);                                \
-    const float inverse = 1.0f / s; /* exact: both are powers of two */                            \
+ALWAYS_INLINE void snap_block_##SUFFIX(const T *restrict x, T *restrict y, int64_t n, float s,     \
+                                       float inverse, const codec_t *plain) {                      \
     if (plain->kind == INTEGER) { /* MXINT8 counts in 1/64 */                                      \
         LOOP(y[i] = STORE(to_integer(LOAD(x[i]) * inverse * 64.0f, -127.0f, 127.0f)                \
                           * (s * 0x1p-6f));)                                                       \
@@ -206,9 +205,22 @@ ALWAYS_INLINE void snap_block_##SUFFIX(const T *restrict x, T *restrict y, int64
         LOOP(y[i] = STORE(to_float_by_sum(LOAD(x[i]) * inverse, plain) * s);)                      \
     }                                                                                              \
 }                                                                                                  \
-/* Bring memory into the cache that is needed soon: it need not exist. */                          \
-ALWAYS_INLINE void prefetch_##SUFFIX(const T *x, const T *y, int64_t n) {                          \
-    for (int64_t i = 0; i < n; i += LINE / sizeof(T)) { PREFETCH(x + i, 0) PREFETCH(y + i, 1) }      \
+/* The scales of up to TOGETHER blocks of `n` values are found at once. */                         \
+ALWAYS_INLINE void snap_together_##SUFFIX(const T *x, T *y, int64_t blocks, int64_t n,             \
+                                          const mx_t *mx, int rounding, const codec_t *plain) {    \
+    uint32_t amax[TOGETHER];                                                                       \
+    float s[TOGETHER], inverse[TOGETHER];                                                          \
+    for (int64_t b = 0; b < blocks; b++) amax[b] = amax_of_##SUFFIX(x + b * n, n);                 \
+    for (int64_t b = 0; b < blocks; b++) {                                                         \
+        s[b] = mx_scale(amax[b], mx, rounding);                                                    \
+        inverse[b] = 1.0f / s[b]; /* exact: both are powers of two */                              \
+    }                                                                                              \
+    for (int64_t b = 0; b < blocks; b++)                                                           \
+        snap_block_##SUFFIX(x + b * n, y + b * n, n, s[b], inverse[b], plain);                     \
+}                                                                                                  \
+/* Bring values into the cache that are read soon: they need not exist. */                         \
+ALWAYS_INLINE void prefetch_##SUFFIX(const T *x, int64_t n) {                                      \
+    for (int64_t i = 0; i < n; i += LINE / sizeof(T)) PREFETCH(x + i, 0)                           \
 }                                                                                                  \
 void snap_tensor_##SUFFIX(const T *x, T *y, int64_t n, float scale, float low, float high,         \
                           const codec_t *c) {                                                      \
@@ -219,9 +231,6 @@ void snap_layout_##SUFFIX(const T *x, T *y, const layout_t *l, const params_t *p
                           const codec_t *c) {                                                      \
     WALK(snap_one_##SUFFIX(x + from, y + from, count, p, at, c),                                   \
          snap_each_##SUFFIX(x + from, y + from, count, p, at, c))                                  \
-}                                                                                                  \
-ALWAYS_INLINE void prefetch_row_##SUFFIX(const T *x, int64_t n) {                                  \
-    for (int64_t i = 0; i < n; i += LINE / sizeof(T)) PREFETCH(x + i, 0)                           \
 }                                                                                                  \
 ALWAYS_INLINE void copy_row_##SUFFIX(T *restrict y, const T *restrict x, int64_t n) {              \
     int64_t i = 0;                                                                                 \
@@ -242,7 +251,7 @@ void snap_rows_##SUFFIX(const T *x, T *y, const rows_t *r, float scale, float lo
         const T *source = x + i * r->step[0] + j * r->step[1] + k * r->step[2];                    \
         for (int64_t row = 0; strip > 1 && row < rows; row++) {                                    \
             const T *from = x + i * r->step[0] + j * r->step[1] + k * r->step[2];                  \
-            prefetch_row_##SUFFIX(from + ROWS_AHEAD * r->step[2], length);                         \
+            prefetch_##SUFFIX(from + ROWS_AHEAD * r->step[2], length);                         \
             copy_row_##SUFFIX(gathered + row * length, from, length);                              \
             if (++k == inner) { k = 0; if (++j == middle) { j = 0; i++; } }                        \
         }                                                                                          \
@@ -253,8 +262,8 @@ void snap_rows_##SUFFIX(const T *x, T *y, const rows_t *r, float scale, float lo
 ALWAYS_INLINE void mask_ahead_##SUFFIX(const T *x, const T *g, T *y, int64_t n, const params_t *p) { \
     for (int64_t from = 0; from < n; from += NEAR) {                                               \
         const int64_t count = n - from < NEAR ? n - from : NEAR;                                   \
-        prefetch_##SUFFIX(x + from + AHEAD, y + from + AHEAD, count);                              \
-        for (int64_t i = 0; i < count; i += LINE / sizeof(T)) PREFETCH(g + from + AHEAD + i, 0)    \
+        prefetch_##SUFFIX(x + from + AHEAD, count);                                                \
+        prefetch_##SUFFIX(g + from + AHEAD, count);                                                \
         mask_one_##SUFFIX(x + from, g + from, y + from, count, p, 0);                              \
     }                                                                                              \
 }                                                                                                  \
@@ -279,26 +288,30 @@ void amax_blocks_##SUFFIX(const T *x, float *y, int64_t rows, int64_t n, int64_t
         }                                                                                          \
     }                                                                                              \
 }                                                                                                  \
-ALWAYS_INLINE void snap_blocks_##SUFFIX(const T *x, T *y, int64_t n, int64_t size, const mx_t *mx,  \
+ALWAYS_INLINE void snap_blocks_##SUFFIX(const T *x, T *y, int64_t n, int64_t size, const mx_t *mx, \
                                         int rounding, const codec_t *plain) {                      \
+    const int64_t strip = TOGETHER * size;                                                         \
     int64_t from = 0;                                                                              \
-    for (; from + size <= n; from += size) {                                                       \
-        const int64_t ahead = from + BLOCKS_AHEAD * size;                                          \
-        prefetch_##SUFFIX(x + ahead, y + ahead, size);                                             \
-        snap_block_##SUFFIX(x + from, y + from, size, mx, rounding, plain);                        \
+    for (; from + strip <= n; from += strip) {                                                     \
+        prefetch_##SUFFIX(x + from + strip, strip);                                                \
+        snap_together_##SUFFIX(x + from, y + from, TOGETHER, size, mx, rounding, plain);           \
     }                                                                                              \
-    if (from < n) snap_block_##SUFFIX(x + from, y + from, n - from, mx, rounding, plain);          \
+    const int64_t blocks = (n - from) / size, last = from + blocks * size;                         \
+    snap_together_##SUFFIX(x + from, y + from, blocks, size, mx, rounding, plain);                 \
+    if (last < n) snap_together_##SUFFIX(x + last, y + last, 1, n - last, mx, rounding, plain);    \
 }                                                                                                  \
 void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,                   \
                       const codec_t *c) {                                                          \
-    PARALLEL_FOR(rows * n)                                                                         \
-    for (int64_t row = 0; row < rows; row++) {                                                     \
-        const T *from = x + row * n;                                                               \
+    const int64_t total = rows * n;                                                                \
+    const int64_t length = n % mx->size ? n : BLOCKS * mx->size; /* whole blocks know no rows */   \
+    PARALLEL_FOR(total)                                                                            \
+    for (int64_t from = 0; from < total; from += length) {                                         \
+        const int64_t count = from + length < total ? length : total - from;                       \
         const codec_t plain = plain_of(c);                                                         \
         /* what is mostly asked for, as constants: much falls away */                              \
         if (mx->rounding == FLOOR && mx->size == 32)                                               \
-            snap_blocks_##SUFFIX(from, y + row * n, n, 32, mx, FLOOR, &plain);                     \
-        else snap_blocks_##SUFFIX(from, y + row * n, n, mx->size, mx, mx->rounding, &plain);       \
+            snap_blocks_##SUFFIX(x + from, y + from, count, 32, mx, FLOOR, &plain);                \
+        else snap_blocks_##SUFFIX(x + from, y + from, count, mx->size, mx, mx->rounding, &plain);  \
     }                                                                                              \
 }
 
