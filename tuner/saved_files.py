@@ -5,8 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +38,6 @@ def write_files(files: Mapping[str, bytes], target: Path) -> None:
             os.replace(staged / name, target / name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yield a path of the same name in a folder beside the target; raises OSError.
-
-    When the block ends without an error, all files of that folder move to where the target is, the
-    target last: nothing that is half-written can be taken for whole.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield folder / target.name
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):
-            os.chmod(path, 0o666 & ~_umask())
-            os.replace(path, target.parent / path.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -20,6 +20,8 @@ Call = Callable[[], object]
 class ExportRequest:
     """What is to be exported, to where, and what is to be measured.
 
+    What is at `path` is moved to where the user wants it once the export is done: nothing may
+    refer to it by its folder.
     `batches` are the batch sizes whose latency is measured, none where nothing is to be measured.
     """
 
@@ -34,6 +36,7 @@ class ExportRequest:
 class Exporter(ABC):
     """One deployment target. `target` is its name.
 
+    `suffix` is how the path of its file ends; a path that ends otherwise is a folder for its files.
     `reads_sums` tells whether its integer convolutions want residual sums with quantized inputs,
     `adds_before_rounding` whether one of them adds to its own output before that is rounded, and
     `rounds_biases` names the ops that count biases in steps of input scale × weight scale, as
@@ -41,6 +44,7 @@ class Exporter(ABC):
     """
 
     target: str
+    suffix: str | None = None
     reads_sums = False
     adds_before_rounding = False
     rounds_biases: tuple[str, ...] = ()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from tuner import formats
-from tuner.errors import ExportError
 from tuner.exporters.base import Exporter, ExportRequest
 from tuner.exporters.markers import operand_of
 from tuner.exporters.report import ExportReport
+from tuner.exporters.staging import written
 from tuner.exporters.tracing import Traced, TracedWeight
 from tuner.operands import OUTPUT
 from tuner.ops import Op
@@ -19,7 +19,7 @@ from tuner.packed_tensor import stored_qparams, unpack_tensor
 from tuner.plan import Plan
 from tuner.qparams import whole_scale
 from tuner.quantizer import Quantizer
-from tuner.saved_files import as_json, write_files
+from tuner.saved_files import as_json
 from tuner.schemes import OpConfig, TensorScheme
 
 RANGES, CACHE = "ranges.json", "calibration.cache"
@@ -77,18 +77,10 @@ class CalibrationExporter(Exporter):
             RANGES: _json(request.traced, ranges),
             CACHE: cache_text(ranges, self.tensorrt_version).encode(),
         }
-        try:
-            write_files(files, request.path)
-        except OSError as error:
-            raise ExportError(
-                f"cannot write {str(request.path)!r}: {error.strerror}. Give the path of a folder "
-                "that can be made or written"
-            ) from error
-        size = sum(map(len, files.values()))
         return ExportReport(
             target=self.target,
-            files=tuple(request.path / name for name in files),
-            size_bytes=size,
+            files=written(files, request.path),
+            size_bytes=sum(map(len, files.values())),
             float_size_bytes=None,
             agreement=None,
             notes=_notes(ranges, request.plan),

@@ -1,7 +1,7 @@
 """From a quantized model to an artifact of a target, checked and measured."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from tuner.biases import bias_problem
 from tuner.errors import ExportError, TunerError
-from tuner.evaluation import EvalFunc
+from tuner.evaluation import EvalFunc, Evaluator
 from tuner.example import Axes, Example
 from tuner.exporters.agreement import Run
 from tuner.exporters.artifact import artifact_model
 from tuner.exporters.base import Exporter, ExportRequest
 from tuner.exporters.probes import faithful_trace, named
 from tuner.exporters.report import ExportReport
+from tuner.exporters.staging import staged
 from tuner.exporters.targets import exporter
 from tuner.exporters.tracing import Traced
 from tuner.isolation import isolated_random_state
 from tuner.model import InstrumentedModel
 from tuner.plan import Plan
 from tuner.schemes import TensorScheme
-from tuner.scores import read_score
 from tuner.tensors import tensors_in
 
 _OF_ANY_TYPE = ("calibration",)
@@ -44,6 +44,9 @@ def export_model(
 ) -> ExportReport:
     """Export a model with a plan on it; nothing of it changes.
 
+    Files come to `path` when all checks are done, `eval_func` among them: after an error, Ctrl-C or
+    a kill, what was there before is still there.
+
     Raises UnknownNameError for an unknown target, ExportError for all that cannot be done.
     """
     found, place = exporter(target), _path_of(path)
@@ -56,24 +59,33 @@ def export_model(
         )
     if target not in _OF_ANY_TYPE:
         _refuse_other_types(model)
-    with isolated_random_state():
+    is_file = place.suffix == found.suffix
+    with staged(place, is_file) as stage, isolated_random_state() as random_state:
         traced = faithful_trace(model, example, dynamic_axes)
-
-        def evaluate(run: Run) -> float:
-            assert eval_func is not None
-            return read_score(eval_func(artifact_model(model, example, run)), metric).accuracy
-
         request = ExportRequest(
             traced=traced,
             plan=plan,
             ops=dict(model.ops),
-            path=place,
+            path=stage.path,
             batches=_sizes(traced, batches),
-            evaluate=None if eval_func is None else evaluate,
         )
-        report = found.export(request)
+        if eval_func is None:
+            report = found.export(request)
+        else:
+            evaluate = Evaluator(eval_func, metric, random_state)
+            asking = replace(request, evaluate=_of_artifact(model, example, evaluate))
+            report = found.export(asking)
+        files = stage.keep(report.files)
     fixed = () if dynamic_axes is not None else tuple(_fixed_axes(traced))
-    return replace(report, notes=(*report.notes, *fixed, *_rounded_otherwise(found, model, plan)))
+    notes = (*report.notes, *fixed, *_rounded_otherwise(found, model, plan))
+    return replace(report, files=files, notes=notes)
+
+
+def _of_artifact(
+    model: InstrumentedModel, example: Example, evaluate: Evaluator
+) -> Callable[[Run], float]:
+    """Return what gives the metric of an artifact."""
+    return lambda run: evaluate(artifact_model(model, example, run)).accuracy
 
 
 def check_model(found: Exporter, model: InstrumentedModel, example: Example) -> None:

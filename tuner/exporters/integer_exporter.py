@@ -17,12 +17,12 @@ from tuner.exporters.integer_known import why_no_activation, why_no_weight
 from tuner.exporters.integer_runner import FORMAT, GRAPH, VERSION, WEIGHTS, Runner
 from tuner.exporters.integer_values import Integers
 from tuner.exporters.report import ExportReport, LayerAgreement, LeftFloat
+from tuner.exporters.staging import written
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.plan import Plan
 from tuner.qparams import compute_qparams, quantize
 from tuner.quantizer import Quantizer
-from tuner.saved_files import write_files
 from tuner.schemes import OpConfig
 
 _RECURRENT = ("LSTM", "GRU")
@@ -67,7 +67,7 @@ class IntegerExporter(Exporter):
         """
         traced = request.traced
         document = GraphWriter(traced, request.plan).write()
-        files = {WEIGHTS: save(document.tensors), GRAPH: _graph(traced, document)}
+        files = {GRAPH: _graph(traced, document), WEIGHTS: save(document.tensors)}
         runner = Runner.of(json.loads(files[GRAPH]), load(files[WEIGHTS]))
 
         def run(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -76,16 +76,9 @@ class IntegerExporter(Exporter):
         layers = layer_agreement(traced, runner, document.quantizers)
         check_layers(layers)
         found = agreement(traced, run)
-        try:
-            write_files(files, request.path)
-        except OSError as error:
-            raise ExportError(
-                f"cannot write {str(request.path)!r}: {error.strerror}. Give the path of a folder "
-                "that can be made or written"
-            ) from error
         return ExportReport(
             target=self.target,
-            files=tuple(request.path / name for name in files),
+            files=written(files, request.path),
             size_bytes=sum(map(len, files.values())),
             float_size_bytes=_float_size(traced) + len(files[GRAPH]),
             agreement=found,

@@ -29,6 +29,7 @@ from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.schemes import OpConfig
 
+SUFFIX = ".onnx"
 _MOST_STEPS = 1.0
 _PRODUCTS = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 
@@ -37,6 +38,7 @@ class OnnxExporter(Exporter):
     """QDQ for any runtime that reads ONNX, TensorRT's explicit quantization among them."""
 
     target = "onnx"
+    suffix = SUFFIX
     reads_sums = True
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
@@ -162,7 +164,7 @@ def merged(first: Iterable[LeftFloat], second: Iterable[LeftFloat]) -> tuple[Lef
 
 def file_of(path: Path) -> Path:
     """Return the file to write: the path itself if it ends in .onnx, else model.onnx in it."""
-    return path if path.suffix == ".onnx" else path / "model.onnx"
+    return path if path.suffix == SUFFIX else path / f"model{SUFFIX}"
 
 
 def _refuse_apart(layers: Iterable[LayerAgreement]) -> None:

@@ -19,8 +19,8 @@ from tuner.errors import ExportError
 from tuner.exporters.onnx_ops import BLOCKS_FROM, translations
 from tuner.exporters.onnx_storage import store_small
 from tuner.exporters.onnx_weights import dequantized
+from tuner.exporters.staging import writing
 from tuner.exporters.tracing import Traced
-from tuner.saved_files import staged
 
 _BASE_OPSET = 20
 _EXTERNAL_BYTES = 2_000_000_000
@@ -69,18 +69,12 @@ class OnnxModel:
         Raises ExportError where that cannot be done.
         """
         data = f"{path.name}.data" if self.is_large else None
-        try:
-            with staged(path) as place:
-                if data is None:
-                    place.write_bytes(self.to_bytes())
-                else:
-                    ir.save(self.model, place, external_data=data)
-                    place.write_bytes(_without_shapes(onnx.load(place, load_external_data=False)))
-        except OSError as error:
-            raise ExportError(
-                f"cannot write {str(path)!r}: {error.strerror or error}. Choose a path that can be "
-                "written, with room left on the disk"
-            ) from error
+        with writing(path):
+            if data is None:
+                path.write_bytes(self.to_bytes())
+            else:
+                ir.save(self.model, path, external_data=data)
+                path.write_bytes(_without_shapes(onnx.load(path, load_external_data=False)))
         return (path,) if data is None else (path, path.parent / data)
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_codes import inputs_of, without_ends
-from tuner.exporters.onnx_exporter import Spelled, check_float, merged, spelled, written
+from tuner.exporters.onnx_exporter import SUFFIX, Spelled, check_float, merged, spelled, written
 from tuner.exporters.onnx_file import to_onnx
 from tuner.exporters.onnx_graph import qdq_graph
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
@@ -31,6 +31,7 @@ class OpenVinoExporter(Exporter):
     """A QDQ file for OpenVINO: of fewer bits the values are clipped, which its kernels take in."""
 
     target = "openvino"
+    suffix = SUFFIX
     reads_sums = True
     adds_before_rounding = True
 

@@ -14,6 +14,7 @@ from tuner.errors import ExportError
 from tuner.exporters.agreement import Run, agreement
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.report import ExportReport, Latency, LeftFloat
+from tuner.exporters.staging import writing
 from tuner.exporters.timing import latencies, takes_batch
 from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import load_program, save_program
@@ -29,7 +30,6 @@ from tuner.exporters.torch_package import (
 from tuner.exporters.torch_runtime import alone, loaded, runtime_name
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
-from tuner.saved_files import staged
 from tuner.schemes import OpConfig
 
 _SUFFIX = ".pt2"
@@ -48,6 +48,7 @@ class TorchExporter(Exporter):
     """
 
     target = "torch"
+    suffix = _SUFFIX
     _bf16 = False
 
     def __init__(self, baselines: bool = True) -> None:
@@ -99,7 +100,8 @@ class TorchExporter(Exporter):
             (compile_package if is_compiled else save_program)(program, made)
             run = checked((load_package if is_compiled else load_program)(made))
             agreed = agreement(traced, run)
-            _copy(made, path)
+            with writing(path):
+                shutil.copyfile(made, path)
             layers = layer_agreement(traced, graph)
             latency = self._latency(traced, run, request.batches) if request.batches else ()
         kernels = _kernels(graph, path) if is_compiled else _NO_COMPILER
@@ -163,25 +165,8 @@ def checked(run: Run) -> Run:
 
 
 def _file(path: Path) -> Path:
-    """Return the file to write; raises ExportError, before all compiling, where it cannot be."""
-    file = path if path.suffix == _SUFFIX else path / f"model{_SUFFIX}"
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise ExportError(
-            f"cannot write {str(file)!r}: {str(parent)!r} is no directory. Choose another path"
-        )
-    return file
-
-
-def _copy(made: Path, path: Path) -> None:
-    try:
-        with staged(path) as place:
-            shutil.copyfile(made, place)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {str(path)!r}: {error.strerror or error}. Choose a path that can be "
-            "written, with room left on the disk"
-        ) from error
+    """Return the file to write."""
+    return path if path.suffix == _SUFFIX else path / f"model{_SUFFIX}"
 
 
 def _float_size(traced: Traced) -> int:

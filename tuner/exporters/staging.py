@@ -1,0 +1,149 @@
+"""Files that are not checked yet: hidden beside their place, and moved there when all is well."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tuner.errors import ExportError
+
+_PREFIX = ".accutune-export-"
+
+
+class CannotWriteError(ExportError):
+    """A file or folder cannot be written; `reason` is what the file system says."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"cannot write {str(path)!r}: {reason}. Choose a path that can be written, with room "
+            "left on the disk"
+        )
+        self.reason = reason
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Make the folder of a file; what the block cannot write is a CannotWriteError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise CannotWriteError(file, error.strerror or str(error)) from error
+
+
+def written(files: Mapping[str, bytes], folder: Path) -> tuple[Path, ...]:
+    """Write files into a folder, and return them; raises CannotWriteError."""
+    for name, contents in files.items():
+        with writing(folder / name):
+            (folder / name).write_bytes(contents)
+    return tuple(folder / name for name in files)
+
+
+class Stage:
+    """Where an artifact is written before it is checked: `path`, in a hidden folder.
+
+    The folder lies in the one where the artifact's files are to be.
+    """
+
+    def __init__(self, folder: Path, name: str | None) -> None:
+        self._folder = folder
+        self.path = folder if name is None else folder / name
+
+    def keep(self, files: Iterable[Path]) -> tuple[Path, ...]:
+        """Move files to where they are to be, the first one last; return them there.
+
+        Each replaces at once what was there; only a kill between two of them leaves files of two
+        artifacts beside one another. Raises CannotWriteError where a folder is in the way; then
+        nothing is moved.
+        """
+        home = self._folder.parent
+        moves = {path: home / path.name for path in files}
+        with _locked(home):
+            for place in moves.values():
+                if place.is_dir():
+                    raise CannotWriteError(place, f"{place.name} is a folder")
+            for path, place in reversed(moves.items()):
+                with writing(place):
+                    os.replace(path, place)
+        return tuple(moves.values())
+
+
+@contextmanager
+def staged(path: Path, is_file: bool) -> Iterator[Stage]:
+    """Yield a stage for an artifact that is to be at a path: one file, or files in a folder.
+
+    What was not kept when the block ends is gone, however it ends, and so are folders that were
+    made for it; what killed processes left there goes first. Raises CannotWriteError at once where
+    nothing can be written there.
+    """
+    home = path.parent if is_file else path
+    # os.path, which raises nothing where a folder cannot be looked into
+    made = [folder for folder in (home, *home.parents) if not os.path.exists(folder)]
+    try:
+        _check_kind(path, is_file)
+        with writing(home / _PREFIX):
+            folder, held = _hidden(home)
+        try:
+            yield Stage(folder, path.name if is_file else None)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+    except CannotWriteError as error:  # the user knows no hidden folders
+        raise CannotWriteError(path, error.reason) from error
+    finally:
+        for parent in made:
+            with suppress(OSError):  # where it is not empty, it stays
+                parent.rmdir()
+
+
+def _check_kind(path: Path, is_file: bool) -> None:
+    if is_file and os.path.isdir(path):
+        raise CannotWriteError(path, "it is a folder, where a file is to be")
+    if not is_file and os.path.isfile(path):
+        raise CannotWriteError(path, "it is a file, where a folder is to be")
+
+
+def _hidden(home: Path) -> tuple[Path, int]:
+    """Return a new hidden folder in a folder, and what holds its lock as long as we live."""
+    with _locked(home):
+        _sweep(home)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
+        held = os.open(folder, os.O_RDONLY)
+        _try_lock(held)
+    return folder, held
+
+
+def _sweep(home: Path) -> None:
+    """Remove what killed processes left; those that live hold locks."""
+    for folder in home.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if _try_lock(handle):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    """Lock a folder; return False where another process did, or the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time work on a folder, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
