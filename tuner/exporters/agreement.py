@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tuner.errors import ExportError
 from tuner.example import Example
+from tuner.exporters.disturbance import NOISE
 from tuner.exporters.probes import GROSS, apart, named, probes
 from tuner.exporters.report import Agreement, LayerAgreement
 from tuner.exporters.tracing import Traced
@@ -14,7 +15,6 @@ from tuner.exporters.tracing import Traced
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Runs an artifact on the flat inputs of a traced model, and returns its flat outputs."""
 
-_NOISE = 1e-6
 _SEEDS = 3
 _LEVELS = 127
 _AS_FAR = 3.0  # as on the example: the largest of differences that rounding makes varies
@@ -55,7 +55,7 @@ def perturbation_floor(traced: Traced, expected: Sequence[Tensor]) -> float:
     """Return how far the simulation's outputs move when quantized tensors are disturbed by 1e-6."""
     worst = 0.0
     for seed in range(_SEEDS):
-        moved = traced.simulation(_NOISE, seed).run(*traced.example.tensors)
+        moved = traced.simulation(NOISE, seed).run(*traced.example.tensors)
         for one, other in zip(expected, moved, strict=True):
             if one.numel():
                 e, m = _floats(one, other)

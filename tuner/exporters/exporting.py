@@ -16,6 +16,7 @@ from tuner.example import Axes, Example
 from tuner.exporters.agreement import Run
 from tuner.exporters.artifact import artifact_model
 from tuner.exporters.base import Exporter, ExportRequest
+from tuner.exporters.metric import with_metric_floor
 from tuner.exporters.probes import faithful_trace, named
 from tuner.exporters.report import ExportReport
 from tuner.exporters.staging import staged
@@ -74,7 +75,7 @@ def export_model(
         else:
             evaluate = Evaluator(eval_func, metric, random_state)
             asking = replace(request, evaluate=_of_artifact(model, example, evaluate))
-            report = found.export(asking)
+            report = with_metric_floor(found.export(asking), model, evaluate)
         files = stage.keep(report.files)
     fixed = () if dynamic_axes is not None else tuple(_fixed_axes(traced))
     notes = (*report.notes, *fixed, *_rounded_otherwise(found, model, plan))

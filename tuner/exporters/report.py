@@ -65,7 +65,14 @@ class LeftFloat:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export gave. `metric` is what eval_func said of the artifact, if it was asked."""
+    """What an export gave.
+
+    `files` are what was written, first the one that names the others. `metric` is what eval_func
+    said of the artifact, if it was asked, and `simulated_metric` what it said of the simulation.
+    `metric_floor` is how far that moves when every quantized tensor is disturbed by some 1e-6 of
+    its values (see Agreement.floor): the largest difference of one or two draws, None where both
+    metrics are within 0.2 % of each other, and nothing had to be drawn.
+    """
 
     target: str
     files: tuple[Path, ...]
@@ -77,6 +84,8 @@ class ExportReport:
     left_float: tuple[LeftFloat, ...] = ()
     metric: float | None = None
     notes: tuple[str, ...] = ()
+    simulated_metric: float | None = None
+    metric_floor: float | None = None
 
     @property
     def size_ratio(self) -> float | None:
@@ -95,8 +104,7 @@ class ExportReport:
         ]
         lines += _agreement_lines(self)
         lines += [_latency_line(entry) for entry in self.latency]
-        if self.metric is not None:
-            lines.append(f"eval_func on the artifact: {self.metric:.5g}")
+        lines += _metric_lines(self)
         lines += [f"Not in low precision: {left.op}: {left.reason}" for left in self.left_float]
         return "\n".join([*lines, *self.notes])
 
@@ -116,6 +124,18 @@ def _latency_line(entry: Latency) -> str:
         f"({lower:.3g} to {upper:.3g}), FP32 {entry.float_ms:.3g} ms: {entry.speedup:.2f}×"
         + "".join(others)
     )
+
+
+def _metric_lines(report: ExportReport) -> list[str]:
+    if report.metric is None:
+        return []
+    line = f"eval_func on the artifact: {report.metric:.5g}"
+    if report.simulated_metric is not None:
+        apart = abs(report.metric - report.simulated_metric)
+        line += f", on the simulation: {report.simulated_metric:.5g} ({apart:.3g} apart)"
+    if report.metric_floor is not None:
+        line += f"; the simulation's own floor is {report.metric_floor:.3g}"
+    return [line]
 
 
 def _agreement_lines(report: ExportReport) -> list[str]:

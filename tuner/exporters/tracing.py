@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from tuner.errors import ExportError
 from tuner.example import Axes, Example, outputs_of
+from tuner.exporters.disturbance import Disturbance
 from tuner.exporters.markers import MARKER, mark, operand_of
 from tuner.model import InstrumentedModel
 from tuner.ops import WeightRef
@@ -101,8 +102,7 @@ class Simulation(fx.Interpreter):
     def __init__(self, traced: Traced, noise: float = 0.0, seed: int = 0) -> None:
         super().__init__(traced.module)
         self._quantizers = traced.quantizers
-        self._noise = noise
-        self._generator = torch.Generator().manual_seed(seed)
+        self._disturb = Disturbance(noise, seed) if noise else None
         self.reached: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -111,10 +111,7 @@ class Simulation(fx.Interpreter):
             return super().run_node(n)
         (x, key), _ = self.fetch_args_kwargs_from_env(n)
         self.reached[n.name] = x
-        if self._noise:
-            drawn = torch.randn(x.shape, generator=self._generator, dtype=x.dtype)
-            x = x * (1 + self._noise * drawn)
-        return self._quantizers[key](x)
+        return self._quantizers[key](x if self._disturb is None else self._disturb(x))
 
 
 def copied_graph(module: fx.GraphModule) -> fx.GraphModule:

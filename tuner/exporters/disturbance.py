@@ -1,0 +1,56 @@
+"""Disturbs quantized tensors as other float kernels do, to see what rounding makes of it."""
+
+import torch
+from torch import Tensor
+
+from tuner.model import InstrumentedModel
+from tuner.quantizer import Quantizer
+
+NOISE = 1e-6
+"""Of each value: what other kernels for the same sums are apart."""
+
+
+class Disturbance:
+    """Disturbs tensors by normally distributed shares of their values, the same for a seed."""
+
+    def __init__(self, noise: float = NOISE, seed: int = 0) -> None:
+        self._noise = noise
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x · (1 + noise · n), n drawn for each value."""
+        drawn = torch.randn(x.shape, generator=self._generator, dtype=x.dtype)
+        return x * (1 + self._noise * drawn.to(x.device))
+
+
+class _Disturbed:
+    """Takes a quantizer's place at a site, and disturbs what it gets."""
+
+    def __init__(self, quantizer: Quantizer, disturb: Disturbance) -> None:
+        self._quantizer = quantizer
+        self._disturb = disturb
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether pieces of a tensor may be quantized one by one."""
+        return self._quantizer.is_elementwise
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():  # else the arithmetic would be ops of the model
+            return self._quantizer(self._disturb(x))
+
+
+def disturbed(model: InstrumentedModel, seed: int) -> InstrumentedModel:
+    """Return a copy of a model with the plan that is on it, whose quantized tensors are disturbed.
+
+    Quantized weights are constants, and stay as they are.
+    """
+    twin, disturb = model.copy(), Disturbance(seed=seed)
+
+    def around(quantizer: Quantizer | None) -> Quantizer | None:
+        return None if quantizer is None else _Disturbed(quantizer, disturb)  # type: ignore[return-value]
+
+    for site in twin.runtime.sites.values():
+        site.inputs = tuple(around(quantizer) for quantizer in site.inputs)
+        site.output = around(site.output)
+    return twin
