@@ -4,7 +4,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,12 @@ from tuner.exporters.tracing import Traced
 
 _BASE_OPSET = 20
 _EXTERNAL_BYTES = 2_000_000_000
+_OF_NO_USE = {
+    "onnx_ir.passes.common.initializer_deduplication": "Skipped deduplication of initializer",
+    "onnxscript.optimizer._constant_folding": "Skipping constant folding for op",
+}
+"""What the optimizer says on stderr of graphs that are well as they are, by its logger."""
+
 _NEW_TYPES = (torch.int16, torch.uint16)
 T = TypeVar("T")
 
@@ -116,17 +122,35 @@ def _written(program: ExportedProgram, traced: Traced, opset: int) -> torch.onnx
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep to itself what torch.onnx says of torch's own deprecations, and of packages it lacks."""
+    """Keep from the user what torch.onnx says of torch's deprecations and of packages it lacks,
+    and its optimizer of what it leaves as it is; other messages of both go on.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as muted:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            for name, message in _OF_NO_USE.items():
+                muted.enter_context(_muted(logging.getLogger(name), message))
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _muted(logger: logging.Logger, message: str) -> Iterator[None]:
+    """Drop the messages of a logger that begin like this one."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(message)
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _needs_new_types(graph: fx.GraphModule) -> bool:
