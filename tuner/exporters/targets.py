@@ -35,19 +35,23 @@ def targets() -> tuple[str, ...]:
 def exporter(target: str) -> Exporter:
     """Return the exporter of a target.
 
-    Raises UnknownNameError for a name that is none, ExportError where a package is missing.
+    Raises UnknownNameError for a name that is none, ExportError where a package is missing or
+    broken.
     """
     row = _TARGETS.get(target)
     if row is None:
         raise UnknownNameError("target", target, _TARGETS)
     try:
         module = importlib.import_module(row.module)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if row.extra is None or (error.name or "").startswith("tuner"):
             raise
+        if isinstance(error, ModuleNotFoundError):
+            needed = f"the package {error.name!r}"
+        else:
+            needed = f"what cannot be loaded ({error})"
         raise ExportError(
-            f"target {target!r} needs the package {error.name!r}: pip install "
-            f"'accutune[{row.extra}]'"
+            f"target {target!r} needs {needed}: pip install 'accutune[{row.extra}]'"
         ) from error
     found: Exporter = getattr(module, row.name)()
     return found
