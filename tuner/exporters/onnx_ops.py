@@ -27,6 +27,7 @@ _library.define("sum(Tensor x, Tensor y) -> Tensor")
 _library.define(
     "to_depth(Tensor x, Tensor padding, int[] before, int[] after, int block) -> Tensor"
 )
+_library.define("conv(Tensor x, Tensor weight, Tensor? bias, int[] before, int[] after) -> Tensor")
 
 
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, name: str) -> Tensor:
@@ -47,10 +48,19 @@ def _to_depth(
     return x.new_empty(n, c * block**2, rows // block, columns // block)
 
 
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: list[int], after: list[int]
+) -> Tensor:
+    (n, _, *lengths), (channels, _, *kernel) = x.shape, weight.shape
+    sides = zip(lengths, before, after, kernel, strict=True)
+    return x.new_empty(n, channels, *(length + b + a - k + 1 for length, b, a, k in sides))
+
+
 _library.impl("quantize_linear", _quantized, "Meta")
 _library.impl("dequantize_linear", _dequantized, "Meta")
 _library.impl("sum", torch.add, "Meta")
 _library.impl("to_depth", _to_depth, "Meta")
+_library.impl("conv", _convolved, "Meta")
 
 QUANTIZE = torch.ops.accutune.quantize_linear.default
 DEQUANTIZE = torch.ops.accutune.dequantize_linear.default
@@ -59,8 +69,11 @@ SUM = torch.ops.accutune.sum.default
 """ONNX's Sum of two tensors."""
 
 TO_DEPTH = torch.ops.accutune.to_depth.default
-"""ONNX's Pad of images [N, C, H, W] with a constant, by so much before and after, then its
+"""ONNX's Pad of images [N, C, H, W] with a constant, by so much before and after, if any, then its
 SpaceToDepth: channel `(row · block + column) · C + c` of the outcome."""
+
+CONV = torch.ops.accutune.conv.default
+"""ONNX's Conv without strides; unlike torch's it pads by different numbers before and after."""
 
 
 Translations = dict[Callable[..., Any], Callable[..., Any]]
@@ -87,7 +100,18 @@ def translations(opset: int) -> Translations:
         return ops.Sum(x, y)
 
     def to_depth(x: Any, padding: Any, before: Any, after: Any, block: int) -> Any:
-        pads = ops.Constant(value_ints=[0, 0, *before, 0, 0, *after])
-        return ops.SpaceToDepth(ops.Pad(x, pads, padding), blocksize=block)
+        if any((*before, *after)):
+            pads = ops.Constant(value_ints=[0, 0, *before, 0, 0, *after])
+            x = ops.Pad(x, pads, padding)
+        return ops.SpaceToDepth(x, blocksize=block)
 
-    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, SUM: total, TO_DEPTH: to_depth}
+    def convolve(x: Any, weight: Any, bias: Any, before: Any, after: Any) -> Any:
+        return ops.Conv(x, weight, bias, pads=[*before, *after])
+
+    return {
+        QUANTIZE: quantize,
+        DEQUANTIZE: dequantize,
+        SUM: total,
+        TO_DEPTH: to_depth,
+        CONV: convolve,
+    }

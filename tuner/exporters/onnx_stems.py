@@ -7,6 +7,8 @@ new ones 0: the same sums of the same integers.
 """
 
 import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from tuner.exporters.onnx_activations import paired
-from tuner.exporters.onnx_ops import DEQUANTIZE, QUANTIZE, TO_DEPTH
+from tuner.exporters.onnx_ops import CONV, DEQUANTIZE, QUANTIZE, TO_DEPTH
 from tuner.exporters.onnx_weights import dequantized
 
 _CONV = torch.ops.aten.conv2d.default
@@ -48,12 +50,13 @@ def _rewrite(node: fx.Node, module: fx.GraphModule) -> None:
     pair, weight, bias, (block, _), padding, *_ = _arguments(node)
     codes = _constant(module, weight.args[0])
     lengths = tuple(pair.args[0].meta["val"].shape[2:])
-    before, after = _margins(lengths, tuple(codes.shape[2:]), padding, block)
-    module.register_buffer(str(weight.args[0].target), _in_blocks(codes, block))
-    args = (*pair.args, before, after, block)
+    margins = _margins(lengths, tuple(codes.shape[2:]), padding, block)
+    module.register_buffer(str(weight.args[0].target), _in_blocks(codes, margins.shift, block))
+    args = (*pair.args, margins.before, margins.after, block)
     with module.graph.inserting_before(node):
         moved = module.graph.call_function(paired_in_blocks, args)
-        new = module.graph.call_function(torch.conv2d, (moved, weight, bias))
+        parts = (moved, weight, bias, margins.blocks_before, margins.blocks_after)
+        new = module.graph.call_function(CONV, parts)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
@@ -80,22 +83,44 @@ def paired_in_blocks(
     return dequantized
 
 
+@dataclass(frozen=True)
+class _Margins:
+    """How images [H, W] grow before they are moved to blocks, and by how many blocks after it.
+
+    Less than 0 where some pixels are not read. `shift` zeros come before the weights.
+    """
+
+    shift: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    blocks_before: tuple[int, ...] = (0, 0)
+    blocks_after: tuple[int, ...] = (0, 0)
+
+
 def _margins(
-    lengths: tuple[int, ...], kernel: tuple[int, ...], padding: list[int], block: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return by how many pixels images grow on both sides; less than 0 where some are not read."""
-    after = []
-    for length, size, margin in zip(lengths, kernel, padding, strict=True):
-        steps = (length + 2 * margin - size) // block
-        reach = block * (steps + -(-size // block))
-        after.append(reach - length - margin)
-    return tuple(padding), tuple(after)
+    lengths: tuple[int, ...], kernel: tuple[int, ...], padding: Sequence[int], block: int
+) -> _Margins:
+    """Let the convolution pad where whole blocks are missing, which costs nothing."""
+    sides = list(zip(lengths, kernel, padding, strict=True))
+    counts = [-(-size // block) for size in kernel]  # blocks of a kernel
+    steps = [(length + 2 * margin - size) // block for length, size, margin in sides]
+    reach = [step + count for step, count in zip(steps, counts, strict=True)]  # blocks read
+    shift = tuple(-margin % block for margin in padding)
+    first = tuple((margin + s) // block for margin, s in zip(padding, shift, strict=True))
+    ends = zip(reach, first, lengths, strict=True)
+    last = tuple(all_ - before - length // block for all_, before, length in ends)
+    fits = all(size + s <= block * n for size, s, n in zip(kernel, shift, counts, strict=True))
+    if fits and min(last) >= 0 and not any(length % block for length in lengths):
+        return _Margins(shift, (0, 0), (0, 0), first, last)
+    after = (block * n - length - p for n, (length, _, p) in zip(reach, sides, strict=True))
+    return _Margins((0, 0), tuple(padding), tuple(after))
 
 
-def _in_blocks(codes: Tensor, block: int) -> Tensor:
+def _in_blocks(codes: Tensor, shift: tuple[int, ...], block: int) -> Tensor:
     """Return weights [O, C, H, W] for images in blocks, [O, block² · C, ⌈H/block⌉, ⌈W/block⌉]."""
-    out, channels, height, width = codes.shape
-    codes = F.pad(codes, (0, -width % block, 0, -height % block))
+    out, channels = codes.shape[:2]
+    codes = F.pad(codes, (shift[1], 0, shift[0], 0))
+    codes = F.pad(codes, (0, -codes.shape[3] % block, 0, -codes.shape[2] % block))
     parts = codes.unflatten(3, (-1, block)).unflatten(2, (-1, block))  # O, C, H', b, W', b
     turned: Tensor = parts.permute(0, 3, 5, 1, 2, 4)
     return turned.reshape(out, block**2 * channels, *turned.shape[-2:]).contiguous()

@@ -122,6 +122,17 @@ class TestNorms:
         assert max(quick.worst(optimized=True).values()) < _TIGHT
 
 
+class TestGelus:
+    def test_are_not_one_op_with_the_sum_before_them(self) -> None:
+        x = floats(4, 6, 16)
+        net = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+        slow, quick = exported(net, x), exported(net, x, quick=True)
+        assert slow.kernels()["BiasGelu"] == 1
+        assert quick.kernels()["BiasGelu"] == 0
+        assert quick.kernels()["Gelu"] == 1
+        assert max(quick.worst(optimized=True).values()) < _TIGHT
+
+
 def _stem(kernel: int, stride: int, padding: int, channels: int = 3) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -131,7 +142,9 @@ def _stem(kernel: int, stride: int, padding: int, channels: int = 3) -> nn.Modul
 
 class TestStems:
     @pytest.mark.parametrize("size", [(32, 32), (33, 30), (31, 37)])
-    @pytest.mark.parametrize(("kernel", "stride", "padding"), [(7, 2, 3), (3, 2, 1), (4, 4, 0)])
+    @pytest.mark.parametrize(
+        ("kernel", "stride", "padding"), [(7, 2, 3), (3, 2, 1), (4, 4, 0), (8, 2, 3), (6, 4, 2)]
+    )
     def test_are_as_the_simulation(
         self, kernel: int, stride: int, padding: int, size: tuple[int, int]
     ) -> None:
@@ -140,6 +153,13 @@ class TestStems:
         assert _ops(found)["SpaceToDepth"] == 1
         assert max(found.worst().values()) < _TIGHT
         assert max(layer.max_steps for layer in found.layers()) <= 1
+
+    @pytest.mark.parametrize(("size", "pads"), [((32, 32), 0), ((33, 32), 1)])
+    def test_are_padded_by_the_convolution_where_it_can(
+        self, size: tuple[int, int], pads: int
+    ) -> None:
+        found = exported(_stem(7, 2, 3), floats(2, 3, *size), quick=True)
+        assert _ops(found)["Pad"] == pads
 
     def test_are_left_alone_without_a_stride_or_with_many_channels(self) -> None:
         for stem, x in (
