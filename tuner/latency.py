@@ -14,7 +14,8 @@ import torch
 from tuner.errors import ExportError
 from tuner.example import Example
 from tuner.exporters.base import Exporter
-from tuner.exporters.timing import interleaved
+from tuner.exporters.probes import faithful_trace
+from tuner.exporters.timing import interleaved, takes_batch
 from tuner.exporters.tracing import trace
 from tuner.kernels.build import processor
 from tuner.model import InstrumentedModel
@@ -59,7 +60,8 @@ def circumstances(exporter: Exporter) -> str:
 class LatencyModel:
     """Times of one model in one runtime: of its ops, and of plans as a whole.
 
-    No plan may be on the model when it is made.
+    No plan may be on the model when it is made. Raises ExportError for models that an export would
+    refuse, and for those that do not run at batch 1.
     """
 
     def __init__(self, model: InstrumentedModel, exporter: Exporter, example: Example) -> None:
@@ -68,8 +70,15 @@ class LatencyModel:
         self._example = example
         self._one = example.with_batch(1)
         self._times = OpTimes(exporter)
+        traced = faithful_trace(model, example)
+        if not takes_batch(traced, 1):
+            raise ExportError(
+                "objective='latency' times calls at batch 1, and the model computes with the batch "
+                f"of {example.batch} as a constant. Mend it, or give calibration batches of 1"
+            )
+        self._axes = traced.dynamic
         self._ops = self._recorded()
-        self._float = exporter.compiled(trace(model, example))
+        self._float = exporter.compiled(traced)
         timing = interleaved({"float": self._float}, _ROUNDS, _LIMIT_S)["float"]
         self.baseline = MeasuredLatency(timing.median_ms, timing.lower_ms, timing.upper_ms)
 
@@ -84,7 +93,7 @@ class LatencyModel:
 
     def measure(self) -> MeasuredLatency:
         """Measure the plan that is on the model, in turns with FP32."""
-        call = self._exporter.compiled(trace(self._model, self._example))
+        call = self._exporter.compiled(trace(self._model, self._example, self._axes))
         times = interleaved({"float": self._float, "plan": call}, _ROUNDS, _LIMIT_S)
         share = self.baseline.latency_ms / times["float"].median_ms
         plan = times["plan"]
