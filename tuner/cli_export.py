@@ -52,7 +52,8 @@ def export(
     ] = None,
     batch: _Batches = None,
     evaluate: Annotated[
-        bool, typer.Option(help="Run eval_func on the artifact, too: it may take long.")
+        bool,
+        typer.Option(help="Run eval_func on the artifact and the simulation: two to four times."),
     ] = False,
     bf16: Annotated[
         bool,

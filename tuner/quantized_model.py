@@ -64,7 +64,7 @@ class QuantizedModel(nn.Module):
         """Write the model for a runtime, check it against the simulation, and time it beside FP32.
 
         Args:
-            path: the file or folder to write.
+            path: the file or folder to write; what is there is replaced once all is checked.
             target: one of `tuner.exporters.targets.targets()`: onnx, onnxruntime, openvino, torch,
                 torch-bf16 (products that stay float in bfloat16), integer, calibration.
             example_inputs: one batch as the calibration data have it; None takes the first batch
@@ -72,7 +72,8 @@ class QuantizedModel(nn.Module):
             dynamic_axes: input name → its axes whose length may change, named or not. Without it
                 the batch, and the length of sequences of tokens.
             eval_func: is called with a model of the user's class that runs the artifact; what it
-                returns is the report's `metric`.
+                returns is the report's `metric`. It is called again for `simulated_metric`, and
+                once or twice for `metric_floor` where both are more than 0.2 % apart.
             batches: batch sizes to time, () for none.
 
         Raises:
