@@ -39,6 +39,7 @@ from tuner.exporters.report import LeftFloat
 from tuner.exporters.tracing import Traced, TracedWeight, copied_graph, is_marker
 
 _LINEAR = torch.ops.aten.linear.default
+_ADDMM = torch.ops.aten.addmm.default
 _EMBEDDING = torch.ops.aten.embedding.default
 _TURNING = (
     torch.ops.aten.t.default,
@@ -106,6 +107,7 @@ def qdq_graph(traced: Traced, clips_values: bool = False, quick: bool = False) -
     rewriting = _Rewriting(copied_graph(traced.module), clips_values)
     rewriting.spell_activations(traced)
     left = [found for weight in traced.weights if (found := rewriting.spell_weight(weight))]
+    rewriting.spell_sums_of_products()
     if quick:
         speed_up(rewriting.module)
     fill_empty_rows(rewriting.module)
@@ -215,27 +217,36 @@ class _Rewriting:
             self.module.graph.erase_node(node)
 
     def _spell_linear(self, turned: WeightCodes, users: list[fx.Node], stem: str) -> fx.Node:
-        """Write x Wᵀ + b as a product with codes `[in, out]`; return the node of its floats.
-
-        A product with a bias gets an axis more: else ONNX Runtime makes one op of both, which wants
-        a bias of integers too, or knows no codes at all.
-        """
+        """Write x Wᵀ + b as a product with codes `[in, out]`; return the node of its floats."""
         first = next(node for node in self.module.graph.nodes if node in users)
         values = self._values(first, turned, stem, users)
         for user in users:
             x, _, *bias = user.args
-            assert isinstance(x, fx.Node)
-            if not bias or bias[0] is None:
-                product = self._call(user, torch.matmul, x, values)
-            else:
-                product = self._call(
-                    user, torch.matmul, self._call(user, torch.unsqueeze, x, 0), values
-                )
-                product = self._call(user, torch.squeeze, product, 0)
-                product = self._call(user, torch.add, product, bias[0])
-            user.replace_all_uses_with(product)
-            self.module.graph.erase_node(user)
+            self._spell_product(user, x, values, bias[0] if bias else None)
         return values
+
+    def spell_sums_of_products(self) -> None:
+        """Write addmm of what is quantized, b + x W, as Linear is written."""
+        for node in self.module.graph.find_nodes(op="call_function", target=_ADDMM):
+            bias, *operands = node.args
+            if operands[0] in self._pairs and not node.kwargs:  # of factors alpha and beta
+                self._spell_product(node, *operands, bias)
+
+    def _spell_product(self, node: fx.Node, x: Any, values: Any, bias: Any) -> None:
+        """Put a product in a node's place; one with a bias gets an axis more.
+
+        Else ONNX Runtime makes one op of both, which wants a bias of integers too, or knows no
+        codes at all.
+        """
+        if bias is None:
+            product = self._call(node, torch.matmul, x, values)
+        else:
+            product = self._call(node, torch.unsqueeze, x, 0)
+            product = self._call(node, torch.matmul, product, values)
+            product = self._call(node, torch.squeeze, product, 0)
+            product = self._call(node, torch.add, product, bias)
+        node.replace_all_uses_with(product)
+        self.module.graph.erase_node(node)
 
     def _spell_tied(self, codes: WeightCodes, users: list[fx.Node], values: fx.Node) -> None:
         """Look rows up in the codes that a product has, transposed: a load folds that."""

@@ -192,6 +192,32 @@ def test_modules_that_are_called_twice_share_their_codes() -> None:
     assert [t for n, t in model.types().items() if n.endswith("_codes")] == ["INT8", "INT8"]
 
 
+class SumsOfProducts(nn.Module):
+    """Layers as GPT-2 writes them, of a weight [in, out], and others of addmm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.turned = nn.Parameter(floats(16, 12)), nn.Parameter(floats(12, 16))
+        self.bias = nn.Parameter(floats(12))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {
+            "plain": torch.addmm(self.bias, x, self.weight),
+            "turned": torch.addmm(self.bias, x, self.turned.t()),
+            "of_two": torch.addmm(x[:, :5], x, torch.tanh(x[:5]).t()),
+            "scaled": torch.addmm(self.bias, x, self.weight, beta=0.5, alpha=2),
+        }
+
+
+def test_sums_of_products_are_of_integers_but_where_they_are_scaled() -> None:
+    found = exported(SumsOfProducts(), floats(8, 16))
+    assert max(found.worst().values()) < ROUNDING
+    assert max(found.worst(optimized=True).values()) < ROUNDING
+    kernels = {name: found.behind(name) for name in found.traced.outputs}
+    assert all("MatMulIntegerToFloat" in kernels[name] for name in ("plain", "turned", "of_two"))
+    assert "Gemm" in kernels["scaled"]
+
+
 def test_repairs_are_in_the_weights() -> None:
     class Uneven(nn.Module):
         def __init__(self) -> None:
