@@ -35,21 +35,6 @@ from tuner.exporters.report import ExportReport, LayerAgreement
 PACKAGE = Path(tuner.__file__).parent
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture(scope="module")
-def net_report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
-    return exported(net(), image(), tmp_path_factory.mktemp("net") / "out")
-
-
-@pytest.fixture(scope="module")
-def net_folder(net_report: ExportReport) -> Path:
-    return net_report.files[0].parent
-
-
 @pytest.fixture(scope="module")
 def words_report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     return exported(words(), tokens(), tmp_path_factory.mktemp("words") / "out")

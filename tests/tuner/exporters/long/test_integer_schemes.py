@@ -22,29 +22,11 @@ from tests.tuner.exporters.integer_nets import (
     graph_of,
     image,
     layer_by_layer,
-    net,
     rules,
     tokens,
 )
 from tuner import OpConfig, PerChannel, PerGroup, Rule, SearchSpace, TensorScheme
 from tuner.exporters.integer_runner import Runner
-from tuner.exporters.report import ExportReport
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture(scope="module")
-def net_report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
-    return exported(net(), image(), tmp_path_factory.mktemp("net") / "out")
-
-
-@pytest.fixture(scope="module")
-def net_folder(net_report: ExportReport) -> Path:
-    return net_report.files[0].parent
-
 
 W4 = TensorScheme(format="int4", granularity=PerChannel(0))
 AFFINE_W8 = W8.model_copy(update={"symmetric": False})

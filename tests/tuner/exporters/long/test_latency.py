@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tuner.exporters.torch_nets import A8, W8, Small
 from tuner import (
     NothingQuantizedWarning,
     OpConfig,
-    PerChannel,
     TensorScheme,
     TuningConfig,
     quantization,
@@ -26,10 +26,7 @@ from tuner.op_times import OpTimes, can_measure
 from tuner.quantized_model import QuantizedModel
 
 X = torch.randn(8, 8, 24, 24, generator=torch.Generator().manual_seed(0))
-W8A8 = OpConfig(
-    weight=TensorScheme(format="int8", granularity=PerChannel(0)),
-    inputs=(TensorScheme(format="uint8", symmetric=False),),
-)
+W8A8 = OpConfig(weight=W8, inputs=(A8,))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,24 +57,13 @@ def eval_func(model: nn.Module) -> float:
         return -float(model(X).abs().mean())
 
 
-class Small(nn.Module):
-    """A convolution and a layer: two signatures to time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(8, 16, 3), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
-
-
 def fit(**options: Any) -> QuantizedModel:
     torch.manual_seed(0)
     config = TuningConfig(objective="latency", target="onnxruntime", max_trials=2)
     with warnings.catch_warnings():
         # so small a model may be fastest in FP32, and then that is what comes back
         warnings.simplefilter("ignore", NothingQuantizedWarning)
-        return quantization.fit(Small().eval(), [X], config=config, **options)
+        return quantization.fit(Small(8).eval(), [X], config=config, **options)
 
 
 def test_plans_are_measured_beside_fp32_and_none_is_slower() -> None:

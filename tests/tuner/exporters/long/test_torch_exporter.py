@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tuner.exporters.torch_nets import A8, S8, TOKEN, W8
 from tuner import (
     OpConfig,
     PerChannel,
     PerGroup,
-    PerToken,
     Rule,
     SearchSpace,
     TensorScheme,
@@ -28,12 +28,8 @@ from tuner.exporters.torch_exporter import TorchExporter, checked
 from tuner.exporters.torch_package import has_compiler, integer_kernels, load_package
 from tuner.exporters.tracing import Traced, trace
 
-W8 = TensorScheme(format="int8", granularity=PerChannel(0))
-A8 = TensorScheme(format="uint8", symmetric=False)
 # clips a good part of what comes in
 A4 = TensorScheme(format="uint4", symmetric=False, calibration="percentile", percentile=80)
-S8 = TensorScheme(format="int8")
-TOKEN = TensorScheme(format="int8", granularity=PerToken(), dynamic=True)
 
 needs_compiler = pytest.mark.skipif(
     not has_compiler(), reason="no C++ compiler: packages are NOT tested here"

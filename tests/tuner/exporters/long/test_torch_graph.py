@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from tests.tuner.exporters.torch_nets import A8, S8, TOKEN, W8
 from tuner import (
     OpConfig,
     PerChannel,
-    PerToken,
     Rule,
     SearchSpace,
     TensorScheme,
@@ -23,12 +23,8 @@ from tuner.exporters.torch_layers import layer_agreement
 from tuner.exporters.tracing import Traced, trace
 from tuner.quantized_model import QuantizedModel
 
-W8 = TensorScheme(format="int8", granularity=PerChannel(0))
 W4 = TensorScheme(format="int4", granularity=PerChannel(0))
-A8 = TensorScheme(format="uint8", symmetric=False)
-S8 = TensorScheme(format="int8")
 A4 = TensorScheme(format="uint4", symmetric=False)
-TOKEN = TensorScheme(format="int8", granularity=PerToken(), dynamic=True)
 
 
 class Cnn(nn.Module):

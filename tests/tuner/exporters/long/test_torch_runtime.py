@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tuner.exporters.torch_nets import A8, W8, Small
 from tuner import (
     NothingQuantizedWarning,
     OpConfig,
-    PerChannel,
     TensorScheme,
     TuningConfig,
     quantization,
@@ -31,20 +31,7 @@ from tuner.qparams import QParams, quantize
 needs_compiler = pytest.mark.skipif(
     not has_compiler(), reason="no C++ compiler: compiled kernels are NOT tested here"
 )
-A8 = TensorScheme(format="uint8", symmetric=False)
-W8 = TensorScheme(format="int8", granularity=PerChannel(0))
 ENDS = OpConfig(weight=W8, inputs=A8, output=A8)
-
-
-class Small(nn.Module):
-    """A convolution and a layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(4, 8, 3), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
 
 
 class Fixed(nn.Module):
@@ -91,7 +78,7 @@ def test_one_package_runs_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = model.simulate(*model.example.with_batch(batch).tensors)[0]
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-3)
         found.append(output.shape)
-    assert found == [(1, 3), (8, 3)]
+    assert found == [(1, 4), (8, 4)]
     assert len(written) == 1
     assert not written[0].exists()
 

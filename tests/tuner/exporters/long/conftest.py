@@ -1,0 +1,23 @@
+"""What the tests of the target `integer` share."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.exporters.integer_nets import exported, image, net
+from tuner.exporters.report import ExportReport
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def net_report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    return exported(net(), image(), tmp_path_factory.mktemp("net") / "out")
+
+
+@pytest.fixture(scope="session")
+def net_folder(net_report: ExportReport) -> Path:
+    return net_report.files[0].parent
