@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from tuner.exporters.integer_forms import rewrite
 from tuner.exporters.integer_values import Array
 from tuner.exporters.tracing import Traced, TracedWeight, is_marker
 
@@ -15,12 +16,13 @@ Constants = dict[fx.Node, Tensor]
 
 
 def functional(traced: Traced) -> fx.GraphModule:
-    """Return the traced graph without ops that work in place."""
+    """Return the traced graph without ops that work in place, in the forms that are integers."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch copies specs that it deprecated
         program = traced.exported(traced.module).run_decompositions({})
         graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
+    rewrite(graph)
     return graph
 
 
