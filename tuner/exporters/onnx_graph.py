@@ -228,9 +228,9 @@ class _Rewriting:
     def spell_sums_of_products(self) -> None:
         """Write addmm of what is quantized, b + x W, as Linear is written."""
         for node in self.module.graph.find_nodes(op="call_function", target=_ADDMM):
-            bias, *operands = node.args
-            if operands[0] in self._pairs and not node.kwargs:  # of factors alpha and beta
-                self._spell_product(node, *operands, bias)
+            bias, x, values = node.args
+            if x in self._pairs and not node.kwargs:  # of factors alpha and beta
+                self._spell_product(node, x, values, bias)
 
     def _spell_product(self, node: fx.Node, x: Any, values: Any, bias: Any) -> None:
         """Put a product in a node's place; one with a bias gets an axis more.
