@@ -6,9 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from tuner import formats
 from tuner.errors import DataError, ModelError, PlanError
 from tuner.granularity import PerTensor
-from tuner.kernels import parameter_shape
+from tuner.kernels import codec_of, parameter_shape
 from tuner.model import InstrumentedModel
 from tuner.operands import OUTPUT, operand_name, operand_shape
 from tuner.ops import Op, WeightRef
@@ -144,6 +145,9 @@ class QuantizerTable:
     def _add(
         self, name: str, quantizer: TrainableQuantizer, op: str, operand: int | WeightRef
     ) -> None:
+        scheme = quantizer.scheme
+        for fmt in filter(None, (scheme.format, scheme.backward_format)):
+            codec_of(formats.get(fmt))  # made now: torch.compile would compile anew for it
         key = _key(name)
         self.quantizers[key] = quantizer
         self.operands[key] = op, operand

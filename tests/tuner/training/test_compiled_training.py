@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from tests.tuner.nets import Attention, ConvNet, Tied, inputs_for, main_output, seeded
-from tests.tuner.training.tasks import METHODS, Perceptron, batches, evaluated, prepared
+from tests.tuner.training.tasks import METHODS, Perceptron, batches, prepared
+from tuner.kernels import codecs
 from tuner.trainable_model import TrainableModel, parameter_groups
 
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
@@ -68,10 +69,11 @@ def test_gradients_are_those_of_the_eager_model(net_type: type[nn.Module], metho
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # in dynamo
 @pytest.mark.parametrize("method", METHODS)
-def test_a_model_of_modules_is_one_graph_and_is_compiled_once(method: str) -> None:
+def test_a_model_of_modules_is_one_graph_and_is_compiled_once(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codecs, "_KNOWN", {})  # as in a new process: what is known is guarded
     model = prepared(Perceptron(), batches(), method=method, quant_start_step=1)
-    evaluated(model, batches()[0])  # what is remembered of a format is a guard
-    model.train()
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = torch.optim.SGD(parameter_groups(model, 0.01))
@@ -94,3 +96,27 @@ def test_the_first_batch_may_set_the_ranges(method: str) -> None:
     for batch in batches(3):
         torch.testing.assert_close(run(batch), eager(batch), **FP32)
     assert compiled.is_ready
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # in dynamo
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in inductor
+def test_inductor_trains_as_eager() -> None:
+    """The default backend, two batches a step, a warm-up of one step."""
+    losses, states = [], []
+    for compiles in (True, False):
+        torch.manual_seed(0)
+        model = prepared(Perceptron(), batches(), method="lsq+", quant_start_step=1)
+        run = torch.compile(model, fullgraph=True) if compiles else model
+        optimizer = torch.optim.SGD(parameter_groups(model, 0.3, scale_lr=0.3))
+        for i, batch in enumerate(batches(8)):
+            loss = run(batch).square().mean() / 2
+            loss.backward()
+            losses.append(float(loss.detach()))
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert int(model.steps) == 4
+        states.append(model.state_dict())
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, **FP32, msg=name)
+    assert losses[:8] == pytest.approx(losses[8:], rel=1e-4)

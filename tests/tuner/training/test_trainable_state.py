@@ -1,6 +1,7 @@
 """The state of a trainable model: its names, groups, copies, ranges, and lower precision."""
 
 import copy
+import io
 import json
 import math
 import pickle
@@ -57,6 +58,32 @@ class TestState:
             assert not same_state(model, twin)
         assert same_state(other, third)
         assert int(model.steps) == 0
+
+    @pytest.mark.parametrize("calibrated", [True, False])
+    @pytest.mark.parametrize("taken", [0, 1, 2, 3])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_checkpoint_may_be_taken_at_any_step(
+        self, method: str, taken: int, calibrated: bool
+    ) -> None:
+        """Before the first batch, in the warm-up of two steps, at its end and after it."""
+        net, data, calib = Perceptron(), batches(5), batches(1) if calibrated else None
+        straight, first, resumed = (
+            prepared(net, calib, method=method, quant_start_step=2) for _ in range(3)
+        )
+        optimizer = torch.optim.Adam(parameter_groups(straight, 1e-2))
+        expected = [step(straight, optimizer, batch) for batch in data][taken:]
+        optimizer = train(first, data[:taken])
+        file = io.BytesIO()
+        torch.save((first.state_dict(), optimizer.state_dict()), file)
+        file.seek(0)
+        state, of_optimizer = torch.load(file, weights_only=True)
+        resumed.load_state_dict(state)
+        assert resumed.is_quantizing == (taken >= 2)
+        assert resumed.is_ready == (calibrated or taken > 0)
+        optimizer = torch.optim.Adam(parameter_groups(resumed, 1e-2))
+        optimizer.load_state_dict(of_optimizer)
+        assert [step(resumed, optimizer, batch) for batch in data[taken:]] == expected
+        assert same_state(straight, resumed)
 
     def test_ranges_are_what_the_model_rounds_with(self) -> None:
         model = prepared(Perceptron(), batches(), method="lsq+")
