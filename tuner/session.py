@@ -225,10 +225,10 @@ class Session:
         self._prepared.model.apply(plan)
         if method_of(plan) is None:
             attempt = self._evaluate.attempt(self._prepared.model.model)
-        else:
+            if attempt.error is None:
+                self._tell_of_silent_ops()
+        else:  # another model runs, and this one's ops count no calls
             attempt = self._evaluate.attempt_of(lambda: self._keep(plan, full))
-        if attempt.error is None:
-            self._tell_of_silent_ops()
         costs = self._prepared.plan_costs(plan, measures=attempt.error is None)
         return attempt.record(len(self.records) + 1, plan, reason, costs)
 

@@ -102,7 +102,9 @@ def epoch_of(lr: float) -> Callable[[Any], float]:
 
 
 @pytest.mark.parametrize("recovery", ["lsq", "qat"])
-def test_options_that_are_trained_first(recovery: str, student: nn.Module, tmp_path: Path) -> None:
+def test_options_that_are_trained_first(
+    recovery: str, student: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = {name: value.clone() for name, value in student.state_dict().items()}
     evaluate = Counted()
     training = Training(epoch_of(1e-2), search_epochs=4, epochs=8)
@@ -112,6 +114,7 @@ def test_options_that_are_trained_first(recovery: str, student: nn.Module, tmp_p
     assert result.quantized_ops == 2
     assert all(recovery in config.recovery for config in result.best.plan.values())
     assert evaluate.calls == result.evaluations
+    assert "never ran" not in caplog.text
     assert result.best.accuracy == Counted()(model.model)
     unjudged = quantization.fit(student, BATCHES, None, asking(recovery), train_func=training)
     plain = asking(recovery).space.rules[0].options[0].model_copy(update={"recovery": ()})
