@@ -55,12 +55,12 @@ def runnable(
             if why is None:
                 found[name].append(option)
             else:
-                reasons.setdefault(f"{option.label} of {name}: {why}")
+                reasons.setdefault(f"{option.label} of {name or 'the model'}: {why}")
     if all(option.config.is_float for options in found.values() for option in options):
         shown = "; ".join(list(reasons)[:3])
         raise SpaceError(
-            f"target {target!r} can run no option of this space ({shown}): choose another space, "
-            "such as int8, or another target"
+            f"target {target!r} can run no option of this space ({shown}): choose another "
+            "space (most kernels are of int8) or another target (onnx and integer take most ops)"
         )
     return {name: options or [FLOAT] for name, options in found.items()}
 

@@ -156,6 +156,12 @@ def test_a_space_of_which_the_target_runs_nothing_is_refused() -> None:
         fit(SearchSpace(preset="mx", rules=[rule]))
 
 
+def test_a_model_that_is_one_op_is_called_the_model_where_it_is_refused() -> None:
+    model, config = nn.ConvTranspose2d(3, 8, 3), TuningConfig(target="onnxruntime")
+    with pytest.raises(SpaceError, match="of the model: ONNX Runtime computes ConvTranspose2d"):
+        quantization.fit(model.eval(), [torch.randn(2, 3, 8, 8)], config=config)
+
+
 def test_an_unknown_target_is_refused_with_the_near_ones() -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
         fit(target="onnxrutime")
