@@ -1,6 +1,5 @@
 """Files that are not checked yet: hidden beside their place, and moved there when all is well."""
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -9,6 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tuner.errors import ExportError
+
+try:
+    import fcntl
+except ImportError:  # on Windows: what killed exports leave stays there, and no export waits
+    fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".accutune-export-"
 
@@ -90,7 +94,8 @@ def staged(path: Path, is_file: bool) -> Iterator[Stage]:
             yield Stage(folder, path.name if is_file else None)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(held)
+            if held is not None:
+                os.close(held)
     except CannotWriteError as error:  # the user knows no hidden folders
         raise CannotWriteError(path, error.reason) from error
     finally:
@@ -106,8 +111,10 @@ def _check_kind(path: Path, is_file: bool) -> None:
         raise CannotWriteError(path, "it is a file, where a folder is to be")
 
 
-def _hidden(home: Path) -> tuple[Path, int]:
+def _hidden(home: Path) -> tuple[Path, int | None]:
     """Return a new hidden folder in a folder, and what holds its lock as long as we live."""
+    if fcntl is None:
+        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home)), None
     with _locked(home):
         _sweep(home)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
@@ -140,6 +147,9 @@ def _try_lock(handle: int) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Let one process at a time work on a folder, where the file system has locks."""
+    if fcntl is None:
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

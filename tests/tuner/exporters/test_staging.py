@@ -20,6 +20,18 @@ with staged(Path(sys.argv[1]), is_file=True) as stage:
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
+_WITHOUT_LOCKS = """
+import sys
+from pathlib import Path
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):  # what Windows lacks
+    sys.modules[name] = None
+import tuner, tuner.cli
+from tuner.exporters.staging import staged
+with staged(Path(sys.argv[1]), is_file=True) as stage:
+    stage.path.write_text("whole")
+    stage.keep([stage.path])
+"""
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -121,3 +133,10 @@ def test_what_the_killed_left_goes_and_what_the_living_write_stays(tmp_path: Pat
         assert names(tmp_path) == sorted([path.name, one.path.parent.name])
     assert names(tmp_path) == ["model.onnx"]
     assert path.read_text() == "one"
+
+
+def test_files_come_to_their_place_where_folders_have_no_locks(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    subprocess.run([sys.executable, "-c", _WITHOUT_LOCKS, str(path)], check=True)
+    assert names(tmp_path) == ["model.onnx"]
+    assert path.read_text() == "whole"
