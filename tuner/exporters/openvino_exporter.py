@@ -6,7 +6,9 @@ from functools import partial
 from importlib.metadata import version
 
 import onnx_ir as ir
+import torch
 
+from tuner.errors import ExportError
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_codes import inputs_of, without_ends
@@ -17,12 +19,14 @@ from tuner.exporters.onnx_runtime import OnnxRuntimeSession
 from tuner.exporters.openvino_graph import fusible
 from tuner.exporters.openvino_kernels import better_in_float, why_not_in_openvino
 from tuner.exporters.openvino_runtime import SETTINGS, Kernel, OpenVinoSession
+from tuner.exporters.probes import named
 from tuner.exporters.report import ExportReport, LeftFloat
 from tuner.exporters.timing import latencies
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.schemes import OpConfig
 
+_LINEAR = torch.ops.aten.linear.default
 _TOLD = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
 _PASSED = ("Unsqueeze", "Squeeze", "Transpose", "Reshape", "Slice", "Clip", "Pad")
 
@@ -40,8 +44,10 @@ class OpenVinoExporter(Exporter):
         return why_not_in_openvino(op, config)
 
     def check(self, traced: Traced) -> None:
-        """Raise ExportError where OpenVINO does not run a model."""
+        """Raise ExportError where OpenVINO does not run a model, or not once it is quantized."""
         check_float(traced, OpenVinoSession)
+        if (why := next(_misread(traced), None)) is not None:
+            raise ExportError(why)
 
     @property
     def runtime(self) -> str:
@@ -71,6 +77,22 @@ class OpenVinoExporter(Exporter):
             f"Checked and timed with {_TOLD}: give them to compile_model, too",
         )
         return replace(report, left_float=merged(report.left_float, left), notes=notes)
+
+
+def _misread(traced: Traced) -> Iterator[str]:
+    """Say what OpenVINO computes in FP32, but wrongly or not at all with quantizers before it."""
+    for name, tensor in named(traced.example):
+        if tensor.dtype == torch.float64:
+            yield (
+                f"OpenVINO quantizes nothing that comes from float64, as input {name!r} is: let "
+                "the model take float32"
+            )
+    for node in traced.module.graph.find_nodes(op="call_function", target=_LINEAR):
+        if node.args[0].meta["val"].ndim == 1:
+            yield (
+                f"OpenVINO gives quantized layers of one vector [{node.args[0].meta['val'].numel()}"
+                "] an axis more: let the model take a batch of them"
+            )
 
 
 def _better_in_float(request: ExportRequest) -> Iterator[str]:

@@ -65,3 +65,26 @@ def test_parameters_that_are_not_fp32(dtype: torch.dtype) -> None:
 def test_batch_norms_that_are_folded_are_no_obstacle() -> None:
     model = nn.Sequential(nn.Conv1d(5, 4, 3), nn.BatchNorm1d(4), nn.ReLU()).eval()
     assert quantization.fit(model, [X], config=TuningConfig(target="integer")).plan.quantized
+
+
+class Narrowed(nn.Module):
+    """Takes float64, computes in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.float())
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "why"),
+    [(Narrowed(), X.double(), "comes from float64"), (nn.Linear(8, 2), X[0, 0], "one vector")],
+)
+def test_what_openvino_runs_in_fp32_but_not_quantized(
+    model: nn.Module, data: Tensor, why: str
+) -> None:
+    config = TuningConfig(target="openvino")
+    with pytest.raises(ExportError, match=why):
+        quantization.fit(model.eval(), [data], never, config)
