@@ -340,14 +340,29 @@ def _parts(prepared: Prepared, plan: Plan, result: TuningResult) -> Parts:
 def _warn_if_nothing_quantized(result: TuningResult) -> None:
     if result.quantized_ops:
         return
+    warnings.warn(_slower(result) or _none_met(result), NothingQuantizedWarning, stacklevel=5)
+
+
+def _slower(result: TuningResult) -> str | None:
+    """Say that plans met the goal, but took longer than FP32; None where that is not so."""
+    met = [r.costs["latency_ms"] for r in result.trials if r.meets_goal and "latency_ms" in r.costs]
+    if not met or result.config.objective != "latency":
+        return None
+    return (
+        f"nothing was quantized: {len(met)} of {len(result.trials)} plans met the goal, but the "
+        f"fastest of them takes {min(met):.3g} ms in {result.config.target}, FP32 "
+        f"{result.baseline_costs['latency_ms']:.3g} ms. Keep FP32 there, allow more trials, or "
+        "choose objective='size'"
+    )
+
+
+def _none_met(result: TuningResult) -> str:
     dearest = sorted(result.op_table, key=lambda row: -row.cost_share)[:3]
     shown = ", ".join(f"{row.name} ({row.cost_share:.0%} of the cost)" for row in dearest)
-    warnings.warn(
+    return (
         f"nothing was quantized: of {len(result.trials)} plans none that is cheaper than FP32 met "
         f"the goal ({result.goal.describe(result.baseline)}). The ops that cost most: {shown}. "
-        "Allow a larger drop, more trials or a wider space",
-        NothingQuantizedWarning,
-        stacklevel=5,
+        "Allow a larger drop, more trials or a wider space"
     )
 
 

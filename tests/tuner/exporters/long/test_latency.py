@@ -92,6 +92,19 @@ def test_without_eval_func_the_plan_is_measured_too() -> None:
     assert result.baseline_costs["latency_ms"] > 0
 
 
+def test_a_model_that_integers_make_slower_stays_fp32_and_is_told_why() -> None:
+    layers = (layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.Sigmoid()))
+    config = TuningConfig(objective="latency", target="onnxruntime", max_trials=2)
+    with pytest.warns(NothingQuantizedWarning, match="met the goal, but the fastest of them takes"):
+        model = quantization.fit(nn.Sequential(*layers).eval(), [X[0, 0, :8, :4]], one, config)
+    assert model.result.quantized_ops == 0
+    assert model.result.best.costs["latency_ms"] == model.result.baseline_costs["latency_ms"]
+
+
+def one(model: nn.Module) -> float:
+    return 1.0
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [(None, "name it"), ("onnx", "choose onnxruntime, openvino or torch")],
