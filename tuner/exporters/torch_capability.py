@@ -22,11 +22,17 @@ def why_not_integer(op: Op, config: OpConfig) -> str | None:
         return "PyTorch has no integer kernel for a product of two activations on CPU"
     if config.weight is None:
         return "integer kernels need a quantized weight as well"
+    if op.type in _CONVOLUTIONS and op.input_shapes and len(op.input_shapes[0]) == _axes(op) + 1:
+        return "integer convolutions take batches, not one sample without a batch axis"
     reason = why_no_int8(config.weight) or _why_not_axis(op, config.weight)
     scheme = config.input_scheme(op.activations[0])
     if scheme is None:
         return reason or "integer kernels need a quantized input as well"
     return reason or _why_not_input(op, scheme)
+
+
+def _axes(op: Op) -> int:
+    return int(op.type.removeprefix("Conv")[0])
 
 
 def _why_not_input(op: Op, scheme: TensorScheme) -> str | None:

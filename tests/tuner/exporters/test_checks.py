@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner import TuningConfig, quantization
-from tuner.errors import ExportError
+from tuner.errors import ExportError, SpaceError
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -88,3 +88,9 @@ def test_what_openvino_runs_in_fp32_but_not_quantized(
     config = TuningConfig(target="openvino")
     with pytest.raises(ExportError, match=why):
         quantization.fit(model.eval(), [data], never, config)
+
+
+def test_integer_convolutions_of_pytorch_take_batches() -> None:
+    config = TuningConfig(target="torch")
+    with pytest.raises(SpaceError, match="take batches, not one sample"):
+        quantization.fit(nn.Conv1d(5, 4, 3).eval(), [X[0]], never, config)
