@@ -20,6 +20,8 @@ from tuner.exporters.onnx_activations import (
     spelling_of,
     why_not_spelled,
 )
+from tuner.exporters.onnx_attention import give_heads
+from tuner.exporters.onnx_limits import unlimited
 from tuner.exporters.onnx_masks import fill_empty_rows
 from tuner.exporters.onnx_speed import speed_up
 from tuner.exporters.onnx_weights import (
@@ -89,6 +91,7 @@ def float_graph(traced: Traced) -> fx.GraphModule:
         if is_marker(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+    give_heads(module)
     fill_empty_rows(module)
     module.recompile()
     return module
@@ -104,7 +107,9 @@ def qdq_graph(traced: Traced, clips_values: bool = False, quick: bool = False) -
     Raises ExportError for activations that ONNX cannot quantize as the plan says.
     """
     _refuse(traced)
-    rewriting = _Rewriting(copied_graph(traced.module), clips_values)
+    module = copied_graph(traced.module)
+    give_heads(module)
+    rewriting = _Rewriting(module, clips_values)
     rewriting.spell_activations(traced)
     left = [found for weight in traced.weights if (found := rewriting.spell_weight(weight))]
     rewriting.spell_sums_of_products()
@@ -153,6 +158,7 @@ class _Rewriting:
             assert isinstance(source, fx.Node)
             if is_pair(quantizer.scheme):
                 spelling = spelling_of(quantizer)
+                source = source if self._clips_values else unlimited(source, spelling)
                 identity = source, spelling.scale.item(), spelling.codes, _identity(spelling)
                 if identity not in known:
                     name = self._unused(key)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import openvino
 import torch
 from torch import Tensor
@@ -60,12 +61,16 @@ class OpenVinoSession:
         except Exception as error:  # its exceptions have no common base of their own
             raise ExportError(f"OpenVINO refuses the model: {error}") from error
         self._request = self._compiled.create_infer_request()
+        read = {name for port in self._compiled.inputs for name in port.get_names()}
+        self._names = [name if name in read else None for name in _input_names(source)]
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run on the inputs, in the order of the file."""
         arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors]
         try:
-            found = self._request.infer(dict(enumerate(arrays)))
+            found = self._request.infer(
+                {name: a for name, a in zip(self._names, arrays, strict=True) if name is not None}
+            )
         except Exception as error:  # its exceptions have no common base of their own
             shapes = ", ".join(str(list(array.shape)) for array in arrays)
             raise ExportError(f"OpenVINO cannot run the model on {shapes}: {error}") from error
@@ -81,3 +86,12 @@ class OpenVinoSession:
                 second = node.input_value(1).get_node().get_rt_info()
                 weight = str(second["outputPrecisions"].get())
                 yield Kernel(kind, str(facts["primitiveType"].get()), names, weight)
+
+
+def _input_names(source: Path | bytes) -> list[str]:
+    """Return the names of a file's inputs; OpenVINO forgets those that nothing reads."""
+    if isinstance(source, Path):
+        proto = onnx.load(source, load_external_data=False)
+    else:
+        proto = onnx.load_model_from_string(source)
+    return [given.name for given in proto.graph.input]

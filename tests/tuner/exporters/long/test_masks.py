@@ -51,6 +51,36 @@ def test_rows_that_see_nothing_are_as_in_the_simulation(
     assert report.agreement.max_abs <= max(1e-5, report.agreement.floor)
 
 
+class OneHead(nn.Module):
+    """Attention without an axis of heads, under a mask of bools, or of what comes before."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        mask = keep.unsqueeze(-2) & keep.unsqueeze(-1)
+        given = {"attn_mask": mask} if self.masked else {"is_causal": True}
+        return self.out(scaled_dot_product_attention(q, k, v, **given))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("inputs", [(X, KEEP), (X[0], KEEP[0])], ids=["batch", "single"])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_float_attention_without_heads(
+    target: str, inputs: tuple[Tensor, Tensor], masked: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = TuningConfig(space=only({"qkv": STATIC, "out": STATIC}), target=target)
+    model = quantization.fit(OneHead(masked).eval(), [inputs], config=config)
+    options = {"batches": (), "dynamic_axes": {} if len(inputs[1].shape) == 1 else None}
+    report = model.export(tmp_path, target=target, example_inputs=inputs, **options)
+    assert report.agreement is not None
+    assert report.agreement.max_abs <= max(1e-5, report.agreement.floor)
+
+
 def products_after_attention(module: nn.Module, *inputs: Tensor) -> int:
     graph = torch.export.export(module, inputs, strict=False).module()
     assert isinstance(graph, fx.GraphModule)

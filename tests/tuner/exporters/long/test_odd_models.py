@@ -114,3 +114,25 @@ def test_a_batch_that_the_model_branches_on_is_fixed_and_told(tmp_path: Path) ->
 
     report = exported(tmp_path, Branching(), X)
     assert "Axis 0 (batch) of x is fixed at 6" in report.summary()
+
+
+class Picky(nn.Module):
+    """Reads the second of three inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, first: Tensor, x: Tensor, last: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime", "openvino", "torch", "integer"])
+def test_inputs_that_nothing_reads(target: str, tmp_path: Path) -> None:
+    """OpenVINO forgets them: the others must not move up."""
+    batch = (X + 9, X, X - 9)
+    config = TuningConfig(target=target)
+    tuned = quantization.fit(Picky().eval(), [batch], config=config)
+    report = tuned.export(tmp_path, target, example_inputs=batch, batches=(1,))
+    assert report.agreement is not None
+    assert report.agreement.max_abs <= max(1e-5, report.agreement.floor)
