@@ -218,6 +218,21 @@ def test_sums_of_products_are_of_integers_but_where_they_are_scaled() -> None:
     assert "Gemm" in kernels["scaled"]
 
 
+@pytest.mark.parametrize(
+    ("low", "rounds_scale", "count"),
+    [(0.0, False, 1), (1.0, False, 0), (0.0, True, 0)],  # the last: codes go on beyond 3
+)
+def test_limits_that_codes_of_four_bits_have_too_keep_no_convolution_float(
+    low: float, rounds_scale: bool, count: int
+) -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.Hardtanh(low, 3.0), nn.Conv2d(8, 4, 1)
+    four = scheme("uint4", symmetric=False, power_of_two_scale=rounds_scale)
+    space = only({"0": STATIC, "2": OpConfig(weight=W8, inputs=four)})
+    found = exported(nn.Sequential(*layers), 4 * floats(4, 3, 9, 9), space)
+    assert max(found.worst(optimized=True).values()) < ROUNDING
+    assert found.kernels()["QLinearConv"] == count
+
+
 def test_repairs_are_in_the_weights() -> None:
     class Uneven(nn.Module):
         def __init__(self) -> None:
