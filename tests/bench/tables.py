@@ -84,7 +84,7 @@ _ROUNDING_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("least drop ÷ drop to nearest", _least_share),
 )
 _QAT_INTRODUCTION = """\
-`python tests/bench/qat.py`: the digits ResNet, every op quantized, trained under its plan for 20
+`python tests/bench/qat.py`: the digits ResNet, every op quantized, trained under its plan for 40
 epochs on the training set; accuracies on the test set, over all seeds. Learned scales start at
 those of the paper, or at the calibrated ones.
 """
