@@ -62,6 +62,15 @@ def test_nobody_sees_what_is_not_checked(
     assert report.files == (tmp_path / "out/graph.json", tmp_path / "out/weights.safetensors")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT be Ctrl-C: what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_what_was_there(
     model: QuantizedModel, old: dict[str, bytes], tmp_path: Path
 ) -> None:
