@@ -148,11 +148,12 @@ class FloatCodec:
         return rounded if self.layout.has_negative_zero else rounded.add_(0.0)  # −0 + 0 = 0
 
     def _by_sum(self, steps: Tensor) -> Tensor:
-        spare = [None, None] if _cannot_write_out() else [POOL.empty_like(steps) for _ in range(2)]
-        bits = None if spare[0] is None else spare[0].view(torch.int32)
+        bits, total = None, None
+        if not _cannot_write_out():
+            bits, total = POOL.empty_like(steps).view(torch.int32), POOL.empty_like(steps)
         bits = torch.bitwise_and(steps.view(torch.int32), _EXPONENT_MASK, out=bits)
         power = bits.view(torch.float32).clamp_(min=self.layout.smallest_normal)
-        total = torch.add(steps, power, alpha=self.magic, out=spare[1])
+        total = torch.add(steps, power, alpha=self.magic, out=total)
         return total.sub_(power, alpha=self.magic)
 
     def _by_bits(self, magnitude: Tensor) -> Tensor:
