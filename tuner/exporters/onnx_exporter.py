@@ -24,6 +24,7 @@ from tuner.exporters.onnx_runtime import SETTINGS, OnnxRuntimeSession, optimized
 from tuner.exporters.onnx_weights import why_not_stored
 from tuner.exporters.probes import apart
 from tuner.exporters.report import ExportReport, LayerAgreement, LeftFloat
+from tuner.exporters.staging import file_of
 from tuner.exporters.timing import latencies
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
@@ -131,7 +132,7 @@ def written(
     traced = found.traced
     layers = layer_agreement(found.model, found.graph.pairs, traced, run_of)
     _refuse_apart(layers)
-    files = found.model.save(file_of(request.path))
+    files = found.model.save(file_of(request.path, SUFFIX))
     session = load(files[0])
     return ExportReport(
         target=target,
@@ -160,11 +161,6 @@ def merged(first: Iterable[LeftFloat], second: Iterable[LeftFloat]) -> tuple[Lef
     for left in (*first, *second):
         found.setdefault(left.op, left)
     return tuple(found.values())
-
-
-def file_of(path: Path) -> Path:
-    """Return the file to write: the path itself if it ends in .onnx, else model.onnx in it."""
-    return path if path.suffix == SUFFIX else path / f"model{SUFFIX}"
 
 
 def _refuse_apart(layers: Iterable[LayerAgreement]) -> None:

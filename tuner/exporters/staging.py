@@ -28,6 +28,11 @@ class CannotWriteError(ExportError):
         self.reason = reason
 
 
+def file_of(path: Path, suffix: str) -> Path:
+    """Return the file to write: the path itself if it ends so, else one named model in it."""
+    return path if path.suffix == suffix else path / f"model{suffix}"
+
+
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
     """Make the folder of a file; what the block cannot write is a CannotWriteError."""

@@ -14,7 +14,7 @@ from tuner.errors import ExportError
 from tuner.exporters.agreement import Run, agreement
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.report import ExportReport, Latency, LeftFloat
-from tuner.exporters.staging import writing
+from tuner.exporters.staging import file_of, writing
 from tuner.exporters.timing import latencies, takes_batch
 from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import load_program, save_program
@@ -90,7 +90,7 @@ class TorchExporter(Exporter):
         Raises ExportError where something cannot be traced, compiled or written, or where the
         artifact gives other outputs than the simulation.
         """
-        traced, path = request.traced, _file(request.path)
+        traced, path = request.traced, file_of(request.path, _SUFFIX)
         graph = spelled_graph(traced, self._bf16)
         program = traced.exported(graph)
         is_compiled = has_compiler()
@@ -162,11 +162,6 @@ def checked(run: Run) -> Run:
         return outputs
 
     return call
-
-
-def _file(path: Path) -> Path:
-    """Return the file to write."""
-    return path if path.suffix == _SUFFIX else path / f"model{_SUFFIX}"
 
 
 def _float_size(traced: Traced) -> int:

@@ -10,8 +10,9 @@ from tests.tuner.exporters.onnx_nets import A8, W8, Branches, floats, only, requ
 from tuner import OpConfig, PerChannel
 from tuner.errors import ExportError
 from tuner.exporters import onnx_file
-from tuner.exporters.onnx_exporter import OnnxExporter, OnnxRuntimeExporter, file_of
+from tuner.exporters.onnx_exporter import OnnxExporter, OnnxRuntimeExporter
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
+from tuner.exporters.staging import file_of
 from tuner.exporters.targets import exporter
 
 BETWEEN = OpConfig(weight=W8, inputs=A8, output=A8)
@@ -96,8 +97,8 @@ def test_a_batch_of_one_is_enough(tmp_path: Path) -> None:
 
 
 def test_paths_are_files_or_folders() -> None:
-    assert file_of(Path("a/b.onnx")) == Path("a/b.onnx")
-    assert file_of(Path("a/b")) == Path("a/b/model.onnx")
+    assert file_of(Path("a/b.onnx"), ".onnx") == Path("a/b.onnx")
+    assert file_of(Path("a/b"), ".onnx") == Path("a/b/model.onnx")
 
 
 def test_the_onnx_target_says_what_it_can_express() -> None:
