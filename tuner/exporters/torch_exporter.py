@@ -23,8 +23,8 @@ from tuner.exporters.torch_latency import compiled_baselines, eager, one_thread
 from tuner.exporters.torch_layers import layer_agreement
 from tuner.exporters.torch_package import (
     compile_package,
+    compress_package,
     has_compiler,
-    integer_kernels,
     load_package,
 )
 from tuner.exporters.torch_runtime import alone, loaded, runtime_name
@@ -98,13 +98,13 @@ class TorchExporter(Exporter):
         with one_thread(), tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / path.name
             (compile_package if is_compiled else save_program)(program, made)
+            kernels = _kernels(graph, compress_package(made)) if is_compiled else _NO_COMPILER
             run = checked((load_package if is_compiled else load_program)(made))
             agreed = agreement(traced, run)
             with writing(path):
                 shutil.copyfile(made, path)
             layers = layer_agreement(traced, graph)
             latency = self._latency(traced, run, request.batches) if request.batches else ()
-        kernels = _kernels(graph, path) if is_compiled else _NO_COMPILER
         return ExportReport(
             target=self.target,
             files=(path,),
@@ -175,8 +175,8 @@ def _float_size(traced: Traced) -> int:
     return sum(sizes.values())
 
 
-def _kernels(graph: fx.GraphModule, path: Path) -> str:
-    expected, found = integer_products(graph), integer_kernels(path)
+def _kernels(graph: fx.GraphModule, found: int) -> str:
+    expected = integer_products(graph)
     text = f"{found} integer kernels in the compiled code"
     if found < expected:
         text += f", of {expected} products of integers: the rest is computed in FP32"

@@ -1,6 +1,7 @@
 """Compiles a graph ahead of time into a package that PyTorch runs without this library."""
 
 import logging
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from tuner.exporters.agreement import Run
 from tuner.exporters.torch_spelling import aten
 
 _KERNELS = ("qlinear_pointwise", "qconv_pointwise", "qconv2d_pointwise")
+_CHUNK = 1 << 20
 _SUM, _ADD = "sum", "add"
 _VIEWS = (
     aten.view.default,
@@ -142,9 +144,29 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def integer_kernels(path: Path) -> int:
-    """Count the calls of integer kernels in a package's generated code."""
-    with zipfile.ZipFile(path) as package:
-        sources = [name for name in package.namelist() if name.endswith(".wrapper.cpp")]
-        text = "".join(package.read(name).decode() for name in sources)
-    return sum(text.count(f"__{name}") for name in _KERNELS)
+def compress_package(path: Path) -> int:
+    """Compress a package and drop its sources; return how often they called integer kernels.
+
+    Raises ExportError where it cannot be written.
+    """
+    smaller = path.with_name(f"{path.name}.smaller")
+    try:
+        with zipfile.ZipFile(path) as package, zipfile.ZipFile(smaller, "w") as compressed:
+            calls = sum(_compress(package, entry, compressed) for entry in package.infolist())
+        smaller.replace(path)
+    except OSError as error:
+        raise ExportError(f"cannot compress {path}: {error}") from error
+    return calls
+
+
+def _compress(package: zipfile.ZipFile, entry: zipfile.ZipInfo, into: zipfile.ZipFile) -> int:
+    """Copy a file that is no source; return how often it calls integer kernels, if it is one."""
+    if entry.filename.endswith(".cpp"):
+        source = package.read(entry).decode()
+        return sum(source.count(f"__{name}") for name in _KERNELS)
+    renewed = zipfile.ZipInfo(entry.filename)
+    renewed.compress_type = zipfile.ZIP_DEFLATED
+    renewed.file_size = entry.file_size  # from 2 GB on the header is a longer one
+    with package.open(entry) as whole, into.open(renewed, "w") as packed:
+        shutil.copyfileobj(whole, packed, _CHUNK)
+    return 0
