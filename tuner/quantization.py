@@ -14,6 +14,7 @@ from tuner.config import TuningConfig
 from tuner.errors import NothingQuantizedWarning, TunerError, UnsupportedError
 from tuner.evaluation import EvalFunc, Evaluator, evaluate_baseline
 from tuner.isolation import RandomState, copied, isolated_random_state
+from tuner.latency import is_faster
 from tuner.op_table import op_table
 from tuner.plan import Plan
 from tuner.plan_training import PlanTrainer, Training, method_of
@@ -240,7 +241,10 @@ def _by_calibration(
     training: Training | None,
     random_state: RandomState,
 ) -> QuantizedModel:
-    """Quantize every op with its first option, judged by nothing, and train where that says so."""
+    """Quantize every op with its first option, judged by nothing, and train where that says so.
+
+    Where latency is the objective, FP32 comes back unless the plan is measured faster.
+    """
     prepared = preparation.finish(bar)
     plan = prepared.space.plan((0,) * len(prepared.space.units))
     float_plan = _float_plan(prepared)
@@ -248,12 +252,17 @@ def _by_calibration(
     why = "first option of every op: no eval_func"
     baseline = _unjudged(0, float_plan, costs, "FP32 baseline")
     prepared.model.apply(plan)
-    best = _unjudged(1, plan, prepared.plan_costs(plan), why)
+    found = _unjudged(1, plan, prepared.plan_costs(plan), why)
+    wins = config.objective != "latency" or is_faster(found.costs, baseline.costs)
+    best = found if wins else baseline
     trainer, trained = _trainer(prepared, config, training, random_state), None
-    if trainer is not None and method_of(plan) is not None:
+    if trainer is not None and method_of(best.plan) is not None:
         prepared.model.apply(plan)
         trained = trainer.trained(plan, trainer.training.epochs)
-    result = _result_of(prepared, config, baseline, best, time.monotonic() - started)
+    duration_s = time.monotonic() - started
+    result = replace(_result_of(prepared, config, baseline, best, duration_s), trials=(found,))
+    if not wins:
+        warnings.warn(_slower(result) or "", NothingQuantizedWarning, stacklevel=3)
     return _finished(prepared, result, trained)
 
 
@@ -345,14 +354,18 @@ def _warn_if_nothing_quantized(result: TuningResult) -> None:
 
 def _slower(result: TuningResult) -> str | None:
     """Say that plans met the goal, but took longer than FP32; None where that is not so."""
-    met = [r.costs["latency_ms"] for r in result.trials if r.meets_goal and "latency_ms" in r.costs]
+    fit = (t for t in result.trials if t.meets_goal is not False and "latency_ms" in t.costs)
+    met = sorted(fit, key=lambda trial: trial.costs["latency_ms"])
     if not met or result.config.objective != "latency":
         return None
+    fastest = met[0].costs
+    times = [fastest["latency_ms"], fastest["latency_lower_ms"], fastest["latency_upper_ms"]]
+    shown = "{:.3g} ms ({:.3g} to {:.3g})".format(*times)
     return (
         f"nothing was quantized: {len(met)} of {len(result.trials)} plans met the goal, but the "
-        f"fastest of them takes {min(met):.3g} ms in {result.config.target}, FP32 "
-        f"{result.baseline_costs['latency_ms']:.3g} ms. Keep FP32 there, allow more trials, or "
-        "choose objective='size'"
+        f"fastest of them takes {shown} in {result.config.target}, FP32 "
+        f"{result.baseline_costs['latency_ms']:.3g} ms: none is faster beyond the noise. Keep FP32 "
+        "there, allow more trials, or choose objective='size'"
     )
 
 

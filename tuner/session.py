@@ -19,6 +19,7 @@ from tuner.criteria import AccuracyGoal
 from tuner.errors import EvaluationError, PlanError, TuningCancelled
 from tuner.evaluation import Evaluator
 from tuner.evenly import evenly
+from tuner.latency import is_faster
 from tuner.plan import Plan
 from tuner.plan_training import PlanTrainer, method_of, to_train
 from tuner.preparation import Prepared
@@ -96,6 +97,7 @@ class Session:
             self._prepared.space.space, self._config.seed
         )
         search = SearchRun(strategy, self._known())
+        self._measure_stored()
         try:
             while True:
                 if len(self.records) >= self._config.max_trials:
@@ -170,12 +172,20 @@ class Session:
 
     @property
     def best(self) -> TrialRecord:
-        """The cheapest record that meets the goal; where none does, the one that misses least."""
-        meeting = [r for r in (self.baseline, *self.records) if r.meets_goal]
+        """The cheapest record that meets the goal; where none does, the one that misses least.
+
+        Where latency is the objective, none counts that is not measured faster than FP32.
+        """
+        meeting = [r for r in (self.baseline, *self.records) if r.meets_goal and self._may_win(r)]
         if meeting:
             return min(meeting, key=self._rank)
         complete = [r for r in (self.baseline, *self.records) if r.state == "complete"]
         return min(complete, key=lambda r: _violation(r, self._config.goal, self.baseline))
+
+    def _may_win(self, record: TrialRecord) -> bool:
+        if self._config.objective != "latency" or record.number == self.baseline.number:
+            return True
+        return is_faster(record.costs, self.baseline.costs)
 
     def _rank(self, record: TrialRecord) -> tuple[float, float, int]:
         """Order records that meet the goal: the cheapest first, of equal ones the most accurate."""
@@ -183,7 +193,11 @@ class Session:
         return self._cost(record), margin, record.number
 
     def _cost(self, record: TrialRecord) -> float:
-        return self._prepared.space.price(record.costs)
+        """Return what a record costs in the objective: as predicted where it was not measured."""
+        space = self._prepared.space
+        if self._config.cost_name in record.costs:
+            return space.price(record.costs)
+        return space.space.cost(space.assignment(record.plan))
 
     def _ended(self, exhaustive: bool) -> StopReason:
         quantized = self.best.meets_goal and self.best.number > 0
@@ -210,8 +224,7 @@ class Session:
 
     def _judge(self, plan: Plan, reason: str, full: bool = False) -> TrialRecord:
         """Evaluate a plan, store its record and tell of it."""
-        ran = self._run_plan(plan, reason, full)
-        record = judged(ran, self._config.goal, self.baseline)
+        record = self._run_plan(plan, reason, full)
         self._store.add(record.number, record.to_dict())
         self.records.append(record)
         self._progress.trial(record, self.best, self.baseline)
@@ -229,8 +242,26 @@ class Session:
                 self._tell_of_silent_ops()
         else:  # another model runs, and this one's ops count no calls
             attempt = self._evaluate.attempt_of(lambda: self._keep(plan, full))
-        costs = self._prepared.plan_costs(plan, measures=attempt.error is None)
-        return attempt.record(len(self.records) + 1, plan, reason, costs)
+        number = len(self.records) + 1
+        costs = self._prepared.plan_costs(plan, measures=False)
+        record = attempt.record(number, plan, reason, costs)
+        return self._measured(judged(record, self._config.goal, self.baseline))
+
+    def _measured(self, record: TrialRecord) -> TrialRecord:
+        """Return a record of the plan that is on the model with what is measured of it.
+
+        A plan that misses the goal is not measured: it cannot be what comes back.
+        """
+        if not record.meets_goal:
+            return record
+        return replace(record, costs=self._prepared.plan_costs(record.plan))
+
+    def _measure_stored(self) -> None:
+        """Measure stored plans that meet the goal of today, and missed that of their time."""
+        for index, record in enumerate(self.records):
+            if record.meets_goal and self._config.cost_name not in record.costs:
+                self._prepared.model.apply(record.plan)
+                self.records[index] = self._measured(record)
 
     def _keep(self, plan: Plan, full: bool) -> nn.Module:
         """Train a plan, and keep it beside the best so far."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import latency_columns
+
 HERE = Path(__file__).parent
 RUNS = HERE / "raw" / "runs"
 SPEED = HERE / "raw" / "speed"
@@ -14,6 +16,7 @@ ROUNDING = HERE / "raw" / "rounding"
 QAT = HERE / "raw" / "qat"
 SERVICE = HERE / "raw" / "service"
 EXPORT = HERE / "raw" / "export"
+LATENCY = HERE / "raw" / "latency"
 RESULTS = HERE / "RESULTS.md"
 
 Row = Mapping[str, Any]
@@ -246,6 +249,7 @@ def render() -> None:
     kernels = _newest(_read(KERNELS), _KERNEL_KEY)
     services = _newest(_read(SERVICE), ("database",))
     exports = _newest(_read(EXPORT), ("model", "space", "target"))
+    latencies = _newest(_read(LATENCY), ("model", "space", "target"))
     tasks = {row["model"]: row for row in rows if row["strategy"] == "auto"}
     parts = [
         _INTRODUCTION,
@@ -270,11 +274,14 @@ def render() -> None:
         "## Exports\n",
         _EXPORT_INTRODUCTION,
         _table(_EXPORT_COLUMNS, exports),
+        "## Latency as the objective\n",
+        latency_columns.INTRODUCTION,
+        _table(latency_columns.COLUMNS, latencies),
         "## Service\n",
         _SERVICE_INTRODUCTION,
         _turned_table(_SERVICE_ROWS, services, "database"),
         "## Machine\n",
-        _machines([*rows, *speeds, *kernels, *exports, *services]),
+        _machines([*rows, *speeds, *kernels, *exports, *latencies, *services]),
     ]
     RESULTS.write_text("\n".join(parts), encoding="utf-8")
 

@@ -9,9 +9,10 @@ import torch
 from tuner.errors import ExportError
 from tuner.example import Example
 from tuner.exporters.base import Exporter
+from tuner.exporters.batch_sizes import check_batch
 from tuner.exporters.probes import faithful_trace
 from tuner.exporters.targets import exporter
-from tuner.exporters.timing import Timing, interleaved, takes_batch
+from tuner.exporters.timing import Timing, interleaved
 from tuner.exporters.tracing import Traced, trace
 from tuner.isolation import isolated_random_state
 from tuner.model import InstrumentedModel
@@ -47,12 +48,8 @@ def benchmark(
         plain = model.copy()
         plain.apply({})
         floats = faithful_trace(plain, example)
-        fixed = [size for size in sizes if not takes_batch(floats, size)]
-        if fixed:
-            raise ExportError(
-                f"the model computes with the batch of {example.batch} as a constant: it cannot be "
-                f"timed at {fixed[0]}. Time it at {example.batch}, or mend the model"
-            )
+        for size in sizes:
+            check_batch(floats, size)
         graphs = floats, trace(model, example, floats.dynamic)
         return tuple(_row(found, plain, example, graphs, size) for size in sizes)
 

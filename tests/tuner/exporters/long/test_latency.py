@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.tuner.exporters.torch_nets import A8, W8, Small
 from tuner import (
+    AccuracyGoal,
     NothingQuantizedWarning,
     OpConfig,
     TensorScheme,
@@ -20,7 +21,11 @@ from tuner import (
     quantization,
 )
 from tuner.errors import ExportError, StudyMismatchError
+from tuner.example import Example
 from tuner.exporters.targets import exporter
+from tuner.exporters.timing import interleaved
+from tuner.exporters.tracing import trace
+from tuner.latency import LatencyModel, MeasuredLatency
 from tuner.model import InstrumentedModel
 from tuner.op_times import OpTimes, can_measure
 from tuner.quantized_model import QuantizedModel
@@ -57,9 +62,10 @@ def eval_func(model: nn.Module) -> float:
         return -float(model(X).abs().mean())
 
 
-def fit(**options: Any) -> QuantizedModel:
+def fit(goal: AccuracyGoal | None = None, **options: Any) -> QuantizedModel:
     torch.manual_seed(0)
-    config = TuningConfig(objective="latency", target="onnxruntime", max_trials=2)
+    goal = AccuracyGoal() if goal is None else goal
+    config = TuningConfig(objective="latency", target="onnxruntime", max_trials=2, goal=goal)
     with warnings.catch_warnings():
         # so small a model may be fastest in FP32, and then that is what comes back
         warnings.simplefilter("ignore", NothingQuantizedWarning)
@@ -93,12 +99,83 @@ def test_without_eval_func_the_plan_is_measured_too() -> None:
 
 
 def test_a_model_that_integers_make_slower_stays_fp32_and_is_told_why() -> None:
-    layers = (layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.Sigmoid()))
     config = TuningConfig(objective="latency", target="onnxruntime", max_trials=2)
     with pytest.warns(NothingQuantizedWarning, match="met the goal, but the fastest of them takes"):
-        model = quantization.fit(nn.Sequential(*layers).eval(), [X[0, 0, :8, :4]], one, config)
+        model = quantization.fit(slow_in_integers(), [X[0, 0, :8, :4]], one, config)
     assert model.result.quantized_ops == 0
     assert model.result.best.costs["latency_ms"] == model.result.baseline_costs["latency_ms"]
+
+
+def slow_in_integers() -> nn.Module:
+    layers = (layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.Sigmoid()))
+    return nn.Sequential(*layers).eval()
+
+
+def test_calibration_alone_gives_no_plan_that_is_slower() -> None:
+    config = TuningConfig(objective="latency", target="onnxruntime")
+    with pytest.warns(NothingQuantizedWarning, match="none is faster beyond the noise"):
+        model = quantization.fit(slow_in_integers(), [X[0, 0, :8, :4]], config=config)
+    (trial,) = model.result.trials
+    assert trial.costs["latency_ms"] > model.result.baseline_costs["latency_ms"]
+    assert model.result.quantized_ops == 0
+    assert model.result.best is model.result.baseline_trial
+    assert model.plan == model.result.baseline_trial.plan
+
+
+@pytest.mark.parametrize(("upper", "is_returned"), [(0.95, True), (1.05, False)])
+def test_a_plan_within_the_noise_of_fp32_is_not_called_faster(
+    upper: float, is_returned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(model: LatencyModel) -> MeasuredLatency:  # no clock is noisy to order
+        whole = model.baseline.latency_ms
+        return MeasuredLatency(0.9 * whole, 0.8 * whole, upper * whole)
+
+    monkeypatch.setattr(LatencyModel, "measure", measure)
+    result = fit(eval_func=eval_func).result
+    assert any(trial.meets_goal for trial in result.trials)
+    assert (result.quantized_ops > 0) is is_returned
+    assert (result.best.costs["latency_ms"] < result.baseline_costs["latency_ms"]) is is_returned
+
+
+def test_a_plan_that_misses_the_goal_is_not_measured_until_it_meets_one(tmp_path: Path) -> None:
+    def accuracy(model: nn.Module) -> float:
+        kinds = type(model.conv), type(model.fc)  # of quantized ops they are others
+        return 1.0 if kinds == (nn.Conv2d, nn.Linear) else 0.9
+
+    storage = f"sqlite:///{tmp_path}/study.db"
+    options = {"eval_func": accuracy, "storage": storage, "study_name": "s"}
+    strict = fit(**options).result
+    assert strict.trials
+    assert not any("latency_ms" in trial.costs for trial in strict.trials)
+    loose = fit(goal=AccuracyGoal(max_drop=0.5), **options).result
+    assert all(trial.costs["latency_ms"] > 0 for trial in loose.trials)
+
+
+def test_the_prediction_is_fp32_less_what_ops_save() -> None:
+    model = InstrumentedModel(Small(8).eval())
+    x = X[:1]
+    with torch.no_grad():
+        ops = model.record(lambda: model.model(x), 1).ops
+    latency = LatencyModel(model, exporter("onnxruntime"), Example.of_batch(model.model, x))
+    name = next(name for name, op in ops.items() if can_measure(op))
+    assert latency.predicted_ms({}) == latency.baseline.latency_ms
+    assert latency.predicted_ms({name: OpConfig.float()}) == latency.baseline.latency_ms
+    saved = latency.option_ms(ops[name], OpConfig.float()) - latency.option_ms(ops[name], W8A8)
+    assert saved != 0
+    assert latency.predicted_ms({name: W8A8}) == pytest.approx(latency.baseline.latency_ms - saved)
+
+
+def test_in_pytorch_fp32_is_the_faster_of_compiled_and_op_by_op() -> None:
+    layer = nn.Linear(4, 4).eval()
+    example = Example.of_batch(layer, X[:1, 0, 0, :4])
+    found = exporter("torch")
+    package = found.compiled(trace(InstrumentedModel(layer), example))
+    latency = LatencyModel(InstrumentedModel(layer), found, example)
+    inputs = example.tensors
+    with torch.no_grad():
+        times = interleaved({"package": package, "layer": lambda: layer(*inputs)}, 200)
+    slower = max(timing.median_ms for timing in times.values())
+    assert latency.baseline.latency_ms < slower
 
 
 def one(model: nn.Module) -> float:
