@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tuner.exporters.torch_fusion import flatten_layers
+from tuner.exporters.torch_joining import join_layers
 from tuner.exporters.torch_spelling import SpelledMarker, Speller, aten, copied, decomposed
 from tuner.exporters.torch_values import int8_weight, static_codes, why_not_per_token
 from tuner.exporters.tracing import Traced, TracedWeight, is_marker
@@ -61,8 +62,8 @@ def spelled_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.target in _CONVOLUTIONS and _is_integer(node):
             _widen(module, node)
-    layers = [node for node in module.graph.nodes if node.target is aten.linear.default]
-    flatten_layers(module, [node for node in layers if _is_quantized(node)])
+    join_layers(module, _quantized_layers(module))
+    flatten_layers(module, _quantized_layers(module))
     if bf16:
         _lower_to_bf16(module)
     return _cleaned(module)
@@ -202,6 +203,11 @@ def _is_quantized(layer: fx.Node) -> bool:
         return False
     codes = _first(layer.args[0])  # type: ignore[arg-type]
     return codes is not None and codes.target is decomposed.quantize_per_tensor.default
+
+
+def _quantized_layers(module: fx.GraphModule) -> list[fx.Node]:
+    layers = module.graph.find_nodes(op="call_function", target=aten.linear.default)
+    return [node for node in layers if _is_quantized(node)]
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
