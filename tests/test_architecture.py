@@ -50,7 +50,7 @@ ORDER = (
     ("storage_errors", "evaluation"),
     ("exporters",),
     ("op_times", "latency"),
-    ("prices",),
+    ("prices", "tuning_units"),
     ("op_rules", "search_space", "rescaling"),
     ("report", "results", "progress", "storage"),
     ("placement",),

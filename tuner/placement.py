@@ -3,30 +3,40 @@
 A target takes options away that it has no kernel for, and adds what its kernels need around them:
 an integer convolution gives integers only where what follows reads integers. A residual sum
 therefore has its inputs quantized as soon as a convolution that feeds it is: it follows, and is
-nothing that a strategy must choose. What a kernel rounds by itself is put into the options, too, so
-that the simulation rounds the same: biases that count in steps of products, and no output of a
-convolution that adds before it rounds.
+nothing that a strategy must choose. And it gives integers of one scale only: whatever reads the
+output of a convolution or of such a sum reads it in one way. (With 4 bits for the convolutions of
+three residual blocks and 8 for their sums, ONNX Runtime computes the stem and the sums in float,
+and takes 1.6 to 3 times as long as with either for both; OpenVINO makes a pass over memory for each
+further scale, and takes 1.2 to 1.4 times as long. Elsewhere readers may differ: for queries, keys
+and values in 8, 6 and 4 bits both are as fast as with one scale for all three.) What a kernel
+rounds by itself is put into the options, too, so that the simulation rounds the same: biases that
+count in steps of products, and no output of a convolution that adds before it rounds.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tuner.biases import bias_problem
 from tuner.errors import SpaceError
+from tuner.exporters.kernel_rows import codes
 from tuner.graph import Node, OpGraph
 from tuner.ops import Op
 from tuner.presets import Candidate
 from tuner.records import describe_config
 from tuner.schemes import OpConfig, TensorScheme
-from tuner.search_space import FLOAT
+from tuner.search_space import FLOAT, labelled
 
 WhyNot = Callable[[Op, OpConfig], str | None]
 """Returns why a target has no kernel for an op's choice, None if it has."""
 
-Followers = Mapping[str, tuple[str, ...]]
-"""Op → the ops that it follows: quantized as soon as one of these takes quantized inputs."""
-
 _THROUGH = ("batch_norm", "dropout")
+_WITHIN = (
+    *(*_THROUGH, "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clip"),
+    *("max_pool1d", "max_pool2d", "max_pool3d"),
+)
+"""Functions that integer kernels take in, or that runtimes compute on codes."""
+
 _SUMS = ("add",)
 
 
@@ -139,17 +149,90 @@ def _convolution(graph: OpGraph, index: int) -> _Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class Readers:
+    """What reads the tensors of which integer kernels give one scale.
+
+    `groups` are the layers that read one of them, by tensor; `beside` are those that read what a
+    residual sum reads, by sum and operand.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    beside: Mapping[str, tuple[tuple[str, ...], ...]]
+
+
+def readers(graph: OpGraph, sums: Mapping[str, Sum]) -> Readers:
+    """Return the layers that read what a convolution gives, or one of these sums."""
+    groups: dict[int, dict[str, None]] = {}
+    operands: dict[str, list[int]] = {}
+    for node in graph.nodes:
+        op = graph.ops.get(node.op or "")
+        if op is None or not any(_is_integer(graph, index, sums) for index in node.inputs):
+            continue
+        if op.name in sums:
+            operands.setdefault(op.name, [_undropped(graph, index) for index in node.inputs])
+        elif op.weights and op.products and op.activations == (0,):
+            groups.setdefault(_undropped(graph, node.inputs[0]), {})[op.name] = None
+    beside = {
+        name: tuple(tuple(groups.get(index, ())) for index in found)
+        for name, found in operands.items()
+    }
+    return Readers(tuple(map(tuple, groups.values())), beside)
+
+
+def _is_integer(graph: OpGraph, index: int, sums: Mapping[str, Sum]) -> bool:
+    """Whether a node's output comes from an integer kernel: of a convolution, or of a sum."""
+    while index >= 0:
+        node = graph.nodes[index]
+        if node.op is not None:
+            op = graph.ops.get(node.op)
+            return node.op in sums or (op is not None and op.type.startswith("Conv"))
+        if node.function not in _WITHIN or not node.inputs:
+            return False
+        index = node.inputs[0]
+    return False
+
+
+def _undropped(graph: OpGraph, index: int) -> int:
+    """Return the node whose output this is when the model is evaluated."""
+    while index >= 0 and graph.nodes[index].function == "dropout" and graph.nodes[index].inputs:
+        index = graph.nodes[index].inputs[0]
+    return index
+
+
 def following(
-    ops: Mapping[str, Op], sums: Mapping[str, Sum], adds: bool
+    ops: Mapping[str, Op],
+    sums: Mapping[str, Sum],
+    adds: bool,
+    beside: Mapping[str, tuple[tuple[str, ...], ...]],
+    candidates: Mapping[str, Sequence[Candidate]],
 ) -> dict[str, list[Candidate]]:
     """Return the candidates of sums that follow: their inputs at 8 bits, and FP32.
 
-    Where a convolution `adds` the other operand before it rounds, its own output stays in float.
+    What the ops `beside` an operand read it with, that may be, too. Where a convolution `adds` the
+    other operand before it rounds, its own output stays in float.
     """
-    scheme = TensorScheme(format="uint8", symmetric=False, calibration="mse")
     found = {}
     for name, residual in sums.items():
         skipped = residual.added_to if adds else None
-        inputs = tuple(None if i == skipped else scheme for i in range(ops[name].operand_count))
-        found[name] = [Candidate("A8", OpConfig(inputs=inputs)), FLOAT]
+        near = beside.get(name, ((),) * ops[name].operand_count)
+        schemes = [
+            [None] if i == skipped else _schemes(ops[name], i, near[i], candidates)
+            for i in range(ops[name].operand_count)
+        ]
+        configs = [OpConfig(inputs=inputs) for inputs in itertools.product(*schemes)]
+        found[name] = [*labelled(configs), FLOAT]
     return found
+
+
+def _schemes(
+    op: Op, index: int, near: Sequence[str], candidates: Mapping[str, Sequence[Candidate]]
+) -> list[TensorScheme]:
+    """Return what an operand of a sum may be: 8 bits, or what the ops beside it may read."""
+    own = TensorScheme(format="uint8", symmetric=False, calibration="mse")
+    known = dict.fromkeys([own])
+    for option in (option for name in near for option in candidates.get(name, ())):
+        scheme = option.config.input_scheme(0)
+        if scheme is not None and codes(op, index, scheme) is None:
+            known[scheme] = None
+    return list(known)

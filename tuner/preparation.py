@@ -26,8 +26,9 @@ from tuner.op_table import Damages
 from tuner.operands import OUTPUT, Operands, check_operands, static_operands
 from tuner.ops import Op
 from tuner.placement import (
-    Followers,
+    Readers,
     following,
+    readers,
     residual_sums,
     runnable,
     with_integer_biases,
@@ -52,6 +53,7 @@ from tuner.search_space import (
     with_reestimation,
 )
 from tuner.sensitivity import SAMPLES, SensitivityAnalysis, Treatment
+from tuner.tuning_units import NO_TIES, Ties
 
 Payload = dict[str, Any]
 """What a resumed study must not compute anew: options, ranges of activations, scalings."""
@@ -104,7 +106,7 @@ class Preparation:
         self._data = DataPass(self.model, loader, forward, config.calib_samples, keep=SAMPLES)
         self._candidates: Candidates = {}
         self._exporter = None if config.target is None else exporter(config.target)
-        self._leaders: Followers = {}
+        self._ties = NO_TIES
         self._latency: LatencyModel | None = None
 
     def record(self) -> OpGraph:
@@ -162,8 +164,7 @@ class Preparation:
         objective = self._config.objective
         options = predictions.candidates
         latency = self.latency(progress)
-        leaders = self._leaders
-        space = build_space(graph.ops, options, damages, costs, objective, leaders, latency)
+        space = build_space(graph.ops, options, damages, costs, objective, self._ties, latency)
         return Prepared(
             model=self.model,
             graph=graph,
@@ -236,8 +237,11 @@ class Preparation:
         found = with_integer_biases(ops, found, rounding, self._own_biases())
         sums = residual_sums(self._data.graph) if self._exporter.reads_sums else {}
         sums = {name: residual for name, residual in sums.items() if name not in found}
-        self._leaders = {name: residual.leaders for name, residual in sums.items()}
-        found |= following(ops, sums, self._exporter.adds_before_rounding)
+        reading = readers(self._data.graph, sums) if sums else Readers((), {})
+        leaders = {name: residual.leaders for name, residual in sums.items()}
+        self._ties = Ties(leaders, reading.beside, reading.groups)
+        adds = self._exporter.adds_before_rounding
+        found |= following(ops, sums, adds, reading.beside, found)
         return {name: found[name] for name in ops if name in found}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

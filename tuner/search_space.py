@@ -1,7 +1,7 @@
 """From a model's ops and the user's SearchSpace to the units that a strategy may choose from."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from strategies.space import Assignment, Option, Space, Unit
 from tuner import formats
@@ -25,6 +25,18 @@ from tuner.sensitivity import (
     Treatment,
     components_of,
 )
+from tuner.tuning_units import (
+    NO_TIES,
+    Damages,
+    Follower,
+    Ties,
+    TuningUnit,
+    alike_choices,
+    followers_of,
+    reading_alike,
+    tied,
+    tied_choices,
+)
 
 FLOAT = Candidate("FP32", OpConfig.float())
 
@@ -38,37 +50,6 @@ percentile did up to ten times the damage that was predicted, mse and minmax wha
 
 Treatments = Callable[[str, TensorScheme], Sequence[Treatment]]
 """Returns how the weight of an op may be treated under a scheme, beside rounding to nearest."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One option of a unit: what each of its ops gets."""
-
-    label: str
-    configs: Mapping[str, OpConfig]
-
-
-@dataclass(frozen=True)
-class TuningUnit:
-    """Ops that choose together, and their choices in the order of the strategy's options."""
-
-    name: str
-    choices: tuple[Choice, ...]
-
-
-@dataclass(frozen=True)
-class Follower:
-    """An op that is quantized as soon as one of the `leaders` takes quantized inputs."""
-
-    name: str
-    config: OpConfig
-    leaders: tuple[str, ...]
-
-    def config_beside(self, chosen: Mapping[str, OpConfig]) -> OpConfig:
-        """Return the op's configuration beside what its leaders have."""
-        found = (chosen.get(name, OpConfig.float()) for name in self.leaders)
-        is_led = any(config.inputs is not None for config in found)
-        return self.config if is_led else OpConfig.float()
 
 
 @dataclass(frozen=True)
@@ -141,14 +122,20 @@ def _rule_candidates(
     op: Op, rule: Rule, shapes: Shapes, repairs: tuple[str, ...]
 ) -> list[Candidate]:
     configs = dict.fromkeys(_changing(op, config, shapes, repairs) for config in rule.options)
+    given = [replace(candidate, given=True) for candidate in labelled(configs)]
+    return sorted(given, key=lambda c: c.config.is_float)
+
+
+def labelled(configs: Iterable[OpConfig]) -> list[Candidate]:
+    """Return configurations under the labels of their formats, which are told apart."""
     labels: dict[str, int] = {}
     candidates = []
     for config in configs:
         label = describe_config(config)
         labels[label] = labels.get(label, 0) + 1
         suffix = f"#{labels[label]}" if labels[label] > 1 else ""
-        candidates.append(Candidate(label + suffix, config, given=True))
-    return sorted(candidates, key=lambda c: c.config.is_float)
+        candidates.append(Candidate(label + suffix, config))
+    return candidates
 
 
 def _changing(op: Op, config: OpConfig, shapes: Shapes, repairs: tuple[str, ...]) -> OpConfig:
@@ -278,32 +265,35 @@ def _best_treated(config: OpConfig, sensitivity: Sensitivity) -> OpConfig:
 def build_space(
     ops: Mapping[str, Op],
     candidates: Mapping[str, Sequence[Candidate]],
-    damages: Mapping[str, Mapping[OpConfig, float]],
+    damages: Damages,
     costs: CostModel,
     objective: str,
-    leaders: Mapping[str, tuple[str, ...]] | None = None,
+    ties: Ties = NO_TIES,
     latency: LatencyModel | None = None,
 ) -> TuningSpace:
     """Return the units, their options' cost in the objective and their predicted damage.
 
-    `damages` maps op → configuration → damage. Ops with tied weights become one unit. `leaders`
-    names the ops that follow others, and those: what they harm counts with the first of these that
-    can be quantized.
+    `damages` maps op → configuration → damage. Ops with tied weights become one unit, and so do
+    those that `ties` has read one tensor. What an op that follows others harms counts with the
+    first of these that can be quantized; what it harms more because it reads a tensor as another op
+    does, with that one.
     """
     units, spaces = [], []
     floats = 0.0
     price = Price(costs, objective, latency)
-    followers = _followers(candidates, leaders or {})
-    free = {n: c for n, c in candidates.items() if n not in (leaders or {})}
-    led = _led(followers, free, damages)
-    for group in _tied(ops, free):
+    followers = followers_of(candidates, ties)
+    free = {n: c for n, c in candidates.items() if n not in ties.leaders}
+    harm = _harm(followers, free, damages)
+    groups = tied(ops, free)
+    for group in reading_alike(groups, ties.readers, candidates):
         members = [ops[name] for name in group]
-        choices = _joint_choices(members, candidates)
+        if group in groups:
+            choices = tied_choices(members, candidates)
+        else:
+            choices = alike_choices(members, candidates, harm, price.of)
         options = []
         for choice in choices:
-            damage = sum(damages[name][config] for name, config in choice.configs.items())
-            taken = (n for n, config in choice.configs.items() if config.inputs is not None)
-            damage += sum(led.get(name, 0.0) for name in taken)
+            damage = sum(harm(name, config) for name, config in choice.configs.items())
             is_float = all(config.is_float for config in choice.configs.values())
             cost = price.of(members, choice.configs)
             options.append(Option(choice.label, cost, damage, is_float))
@@ -314,17 +304,23 @@ def build_space(
     return TuningSpace(tuple(units), space, price.weights, tuple(followers))
 
 
-def _followers(
-    candidates: Mapping[str, Sequence[Candidate]], leaders: Mapping[str, tuple[str, ...]]
-) -> list[Follower]:
-    quantized = {name: candidates[name][0].config for name in leaders if name in candidates}
-    return [Follower(name, config, leaders[name]) for name, config in quantized.items()]
+def _harm(
+    followers: Sequence[Follower], free: Mapping[str, object], damages: Damages
+) -> Callable[[str, OpConfig], float]:
+    """Return what gives the damage of an op's configuration, and what it does to followers."""
+    led = _led(followers, free, damages)
+
+    def harm(name: str, config: OpConfig) -> float:
+        own = damages[name][config] + (0.0 if config.inputs is None else led.get(name, 0.0))
+        return own + sum(follower.harm_beside(name, config, damages) for follower in followers)
+
+    return harm
 
 
 def _led(
     followers: Sequence[Follower],
     free: Mapping[str, object],
-    damages: Mapping[str, Mapping[OpConfig, float]],
+    damages: Damages,
 ) -> dict[str, float]:
     """Return what the followers of an op harm as soon as it is quantized, each counted once."""
     led: dict[str, float] = {}
@@ -337,46 +333,3 @@ def _led(
 
 def _kind(members: Sequence[Op]) -> str:
     return max(members, key=lambda op: op.macs).type
-
-
-def _tied(ops: Mapping[str, Op], candidates: Mapping[str, object]) -> list[tuple[str, ...]]:
-    """Group the ops that share a weight, in execution order."""
-    groups: list[list[str]] = []
-    for name in candidates:
-        keys = {ref.key for ref in ops[name].weights}
-        joined = [g for g in groups if any(keys & {r.key for r in ops[n].weights} for n in g)]
-        if not joined:
-            groups.append([name])
-            continue
-        joined[0].extend(n for g in joined[1:] for n in g)
-        joined[0].append(name)
-        groups = [g for g in groups if g is joined[0] or g not in joined]
-    return [tuple(group) for group in groups]
-
-
-def _joint_choices(
-    members: Sequence[Op], candidates: Mapping[str, Sequence[Candidate]]
-) -> list[Choice]:
-    """Combine the options of tied ops: one weight scheme for all, the label of the largest op."""
-    lead = max(members, key=lambda op: (len(candidates[op.name]), op.macs))
-    choices = []
-    for candidate in candidates[lead.name]:
-        configs = {lead.name: candidate.config}
-        for op in members:
-            if op is not lead and (match := _match(candidate, candidates[op.name])) is not None:
-                configs[op.name] = match
-        if len(configs) == len(members):
-            ordered = {op.name: configs[op.name] for op in members}
-            choices.append(Choice(candidate.label, ordered))
-    if not choices:
-        raise SpaceError(
-            f"{', '.join(op.name for op in members)} share one weight, but their options have no "
-            "weight scheme in common: give them the same one in the rules"
-        )
-    return choices
-
-
-def _match(lead: Candidate, options: Sequence[Candidate]) -> OpConfig | None:
-    same = [c for c in options if c.config.weight == lead.config.weight]
-    labelled = [c for c in same if c.label == lead.label]
-    return next((c.config for c in (*labelled, *same)), None)
