@@ -31,6 +31,14 @@ _TRIALS = 12
 _SEQUENCE = 128
 _IMAGES = (16, 3, 224, 224)
 _LOGITS_OFF = 0.02
+_KEPT = (
+    "size_bytes",
+    "float_size_bytes",
+    "agreement",
+    "metric",
+    "simulated_metric",
+    "metric_floor",
+)
 
 
 def tuned(name: str, space: str, target: str, trials: int) -> tuple[QuantizedModel, Any, Any]:
@@ -92,7 +100,7 @@ def row(name: str, space: str, target: str, trials: int) -> dict[str, Any]:
         "choices": Counter(map(describe_config, model.plan.values())),
         "simulated": model.result.best.accuracy,
         "float": model.result.baseline,
-        **{key: found[key] for key in ("size_bytes", "float_size_bytes", "agreement", "metric")},
+        **{key: found.get(key) for key in _KEPT},
         "layers": found["layers"],
         "latency": found["latency"],
         "left_float": found["left_float"],

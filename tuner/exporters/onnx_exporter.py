@@ -1,6 +1,6 @@
 """The `onnx` and `onnxruntime` targets: a QDQ file, checked and measured in ONNX Runtime."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,8 +123,12 @@ def written(
     request: ExportRequest,
     target: str,
     load: Callable[[Path | bytes], Session],
+    baselines: Mapping[str, Run] | None = None,
 ) -> ExportReport:
-    """Write the file that a runtime loads, once it agrees layer by layer; check and time it."""
+    """Write the file that a runtime loads, once it agrees layer by layer; check and time it.
+
+    `baselines` are timed beside it, as FP32 in the same runtime is.
+    """
 
     def run_of(model: OnnxModel) -> Run:
         return model.load(load).run
@@ -141,7 +145,7 @@ def written(
         float_size_bytes=found.reference.size_bytes,
         agreement=agreement(traced, session.run),
         layers=layers,
-        latency=latencies(traced, session.run, run_of(found.reference), request.batches),
+        latency=latencies(traced, session.run, run_of(found.reference), request.batches, baselines),
         left_float=found.graph.left_float,
         metric=None if request.evaluate is None else request.evaluate(session.run),
     )

@@ -9,19 +9,19 @@ import onnx_ir as ir
 import torch
 
 from tuner.errors import ExportError
+from tuner.exporters.agreement import Run
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.onnx_codes import inputs_of, without_ends
 from tuner.exporters.onnx_exporter import SUFFIX, Spelled, check_float, merged, spelled, written
 from tuner.exporters.onnx_file import to_onnx
-from tuner.exporters.onnx_graph import qdq_graph
+from tuner.exporters.onnx_graph import float_graph, qdq_graph
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
 from tuner.exporters.openvino_graph import fusible
 from tuner.exporters.openvino_kernels import better_in_float, why_not_in_openvino
 from tuner.exporters.openvino_runtime import SETTINGS, Kernel, OpenVinoSession
 from tuner.exporters.probes import named
 from tuner.exporters.report import ExportReport, LeftFloat
-from tuner.exporters.timing import latencies
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.schemes import OpConfig
@@ -66,14 +66,14 @@ class OpenVinoExporter(Exporter):
     def export(self, request: ExportRequest) -> ExportReport:
         """Write the file, check it in OpenVINO layer by layer and as a whole, and time it."""
         found = _spelled(request)
-        report = written(found, request, self.target, OpenVinoSession)
+        baselines = _baselines(found.traced) if request.batches else {}
+        report = written(found, request, self.target, OpenVinoSession, baselines)
         session = OpenVinoSession(report.files[0])
         session.run(found.traced.example.tensors)
         left = _in_float(session, found, request)
         notes = (
             *report.notes,
             *_better_in_float(request),
-            *_beside_onnx_runtime(session, found, request),
             f"Checked and timed with {_TOLD}: give them to compile_model, too",
         )
         return replace(report, left_float=merged(report.left_float, left), notes=notes)
@@ -112,18 +112,10 @@ def _spelled(request: ExportRequest) -> Spelled:
     return replace(found, model=fusible(found.model), reference=fusible(found.reference))
 
 
-def _beside_onnx_runtime(
-    session: OpenVinoSession, found: Spelled, request: ExportRequest
-) -> Iterator[str]:
-    """Say how fast FP32 is in ONNX Runtime, whose QDQ the file is."""
-    if not request.batches:
-        return
-    reference = found.reference.load(OnnxRuntimeSession).run
-    for entry in latencies(found.traced, session.run, reference, request.batches):
-        yield (
-            f"FP32 in ONNX Runtime takes {entry.float_ms:.3g} ms at batch {entry.batch}: "
-            f"this is {entry.speedup:.2f}× as fast"
-        )
+def _baselines(traced: Traced) -> dict[str, Run]:
+    """Return FP32 in ONNX Runtime, whose QDQ the file is."""
+    plain = to_onnx(float_graph(traced), traced)
+    return {"FP32 in ONNX Runtime": plain.load(OnnxRuntimeSession).run}
 
 
 def _in_float(

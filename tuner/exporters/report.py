@@ -40,7 +40,8 @@ class Latency:
     """Median times of one call, FP32 and quantized in the same runtime, measured in turns.
 
     `spread_ms` are the lower and upper quartiles of the quantized times. `baselines_ms` are the
-    medians of what else there is without quantization: FP32 compiled, BF16 compiled.
+    medians of what else there is without quantization: FP32 compiled, BF16 compiled, FP32 in
+    another runtime.
     """
 
     batch: int
