@@ -20,6 +20,7 @@ import tables
 import torch
 from export_models import RANDOM
 from models import MODELS
+from ordinary import ordinary_latency
 from torch import Tensor, nn
 
 from tuner import AccuracyGoal, NothingQuantizedWarning, QuantizedModel, TuningConfig, quantization
@@ -90,6 +91,9 @@ def row(name: str, space: str, target: str, trials: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = {"example_inputs": example, "eval_func": eval_func}
         report = model.export(Path(folder) / "model", target=target, **options)
+        batches = [entry.batch for entry in report.latency]
+        original = RANDOM[name]() if name in RANDOM else MODELS[name]().model
+        plain = ordinary_latency(original, example, report.files[0], target, batches)
     found = report.to_dict()
     return {
         "model": name,
@@ -103,6 +107,7 @@ def row(name: str, space: str, target: str, trials: int) -> dict[str, Any]:
         **{key: found.get(key) for key in _KEPT},
         "layers": found["layers"],
         "latency": found["latency"],
+        "plain_export": plain,
         "left_float": found["left_float"],
         "notes": list(report.notes),
         "machine": machine.describe(),

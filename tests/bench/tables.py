@@ -144,13 +144,14 @@ shown there. Of digits-depthwise it was 1.20 on a slower EPYC. The raw lines hol
 _EXPORT_INTRODUCTION = """\
 `python tests/bench/export.py`: models tuned for the target (1 % goal; ResNet-18 at 224 × 224 has
 random weights: in mixed-int its logits may be 2 % off), exported, and timed in turns with FP32 in
-the same runtime, with the threads below; OpenVINO beside FP32 in ONNX Runtime, too. For target
-torch, on one thread, FP32 is eager; FP32 and BF16 compiled are baselines beside it. **difference**
-is the largest from the simulation at the outputs, beside the simulation's own floor under a
-disturbance of 1e-6; **steps** the largest of any quantized tensor, all before it as simulated.
-**metric** is that of `eval_func` on the artifact, beside the simulated plan's; where these are more
-than 0.2 % apart, ± says how far the disturbance moves the simulation's. Other work ran beside the
-runs of mixed-int: their times say nothing.
+the same runtime, with the threads below; OpenVINO beside FP32 in ONNX Runtime, too. **plain FP32
+export**: what torch.onnx.export writes of the model, in ONNX Runtime. For target torch, on one
+thread, FP32 is eager; FP32 and BF16 compiled are baselines beside it. **difference** is the largest
+from the simulation at the outputs, beside the simulation's own floor under a disturbance of 1e-6;
+**steps** the largest of any quantized tensor, all before it as simulated. **metric** is that of
+`eval_func` on the artifact, beside the simulated plan's; where these are more than 0.2 % apart, ±
+says how far the disturbance moves the simulation's. Other work ran beside the runs of mixed-int:
+their times say nothing.
 """
 
 
@@ -167,6 +168,11 @@ def _beside(row: Row, name: str) -> str:
         if name in entry.get("baselines_ms", {})
     ]
     return " / ".join(found) or "–"
+
+
+def _beside_plain_export(row: Row) -> str:
+    found = row.get("plain_export", [])
+    return " / ".join(f"{e['plain_ms'] / e['quantized_ms']:.2f}" for e in found) or "–"
 
 
 def _times(row: Row) -> str:
@@ -196,6 +202,7 @@ _EXPORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("FP32 compiled ÷ quantized", lambda r: _beside(r, "FP32 compiled")),
     ("BF16 compiled ÷ quantized", lambda r: _beside(r, "BF16 compiled")),
     ("FP32 in ONNX Runtime ÷ quantized", lambda r: _beside(r, "FP32 in ONNX Runtime")),
+    ("plain FP32 export ÷ quantized", _beside_plain_export),
     ("ms, batch 1 / 8", _times),
     (
         "difference (floor)",
