@@ -1,8 +1,11 @@
 """The `torch` target: a `.pt2` package that PyTorch runs with integer kernels on CPU."""
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -14,7 +17,7 @@ from tuner.errors import ExportError
 from tuner.exporters.agreement import Run, agreement
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.report import ExportReport, Latency, LeftFloat
-from tuner.exporters.staging import file_of, writing
+from tuner.exporters.staging import CannotWriteError, file_of, writing
 from tuner.exporters.timing import latencies, takes_batch
 from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import load_program, save_program
@@ -94,9 +97,9 @@ class TorchExporter(Exporter):
         graph = spelled_graph(traced, self._bf16)
         program = traced.exported(graph)
         is_compiled = has_compiler()
-        # the compiler writes the number of threads into the code, and aborts where a disk is full
-        with one_thread(), tempfile.TemporaryDirectory() as folder:
-            made = Path(folder) / path.name
+        # the compiler writes the number of threads into the code
+        with one_thread(), _folder_to_compile_in(_size(graph)) as folder:
+            made = folder / path.name
             (compile_package if is_compiled else save_program)(program, made)
             kernels = _kernels(graph, compress_package(made)) if is_compiled else _NO_COMPILER
             run = checked((load_package if is_compiled else load_program)(made))
@@ -162,6 +165,35 @@ def checked(run: Run) -> Run:
         return outputs
 
     return call
+
+
+@contextmanager
+def _folder_to_compile_in(constant_bytes: int) -> Iterator[Path]:
+    """Yield a folder among temporary files; raise ExportError where there is no room for a package.
+
+    A package has the constants twice before it is compressed; the compiler aborts the whole process
+    where that does not fit. It keeps its own files there, too.
+    """
+    home = tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryDirectory(dir=home) as folder:
+            if shutil.disk_usage(folder).free < 2 * constant_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield Path(folder)
+    except CannotWriteError:
+        raise
+    except (ExportError, OSError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise ExportError(
+            f"PyTorch cannot compile the model: the folder for temporary files, {home!r}, has no "
+            "room for what the compiler writes there (some hundred MB, and twice the model). Set "
+            "the environment variable TMPDIR to a folder with more room before Python starts"
+        ) from error
+
+
+def _size(graph: fx.GraphModule) -> int:
+    return sum(t.numel() * t.element_size() for t in (*graph.parameters(), *graph.buffers()))
 
 
 def _float_size(traced: Traced) -> int:

@@ -107,6 +107,24 @@ def test_a_full_disk_leaves_the_older_artifact(tmp_path: Path) -> None:
     assert "left: model.onnx old" in stderr
 
 
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("size", ["16k", "3m"])  # for the package, for the compiler's own files
+def test_packages_tell_of_a_small_folder_for_temporary_files(size: str, tmp_path: Path) -> None:
+    small, out = tmp_path / "small", tmp_path / "model.pt2"
+    small.mkdir()
+    out.write_text("old")
+    script = f'mount -t tmpfs -o size={size} tmpfs {small} || exit 9\nexec "$@"'
+    environment = f"TMPDIR={small}", f"TORCHINDUCTOR_CACHE_DIR={small}/cache"
+    within = ("unshare", "-rm", "sh", "-c", script, "sh", "env", *environment)
+    code, stderr = run(_BARE, "torch", out, 1, within=within)
+    if "ExportError" not in stderr and "mount" in stderr:
+        pytest.skip("this user may not mount: a small temporary folder is NOT tested here")
+    assert code == 1, stderr
+    assert f"the folder for temporary files, {str(small)!r}, has no room" in stderr
+    assert "Set the environment variable TMPDIR" in stderr
+    assert out.read_text() == "old"
+
+
 def test_a_limit_of_sizes_leaves_the_older_artifact(tmp_path: Path) -> None:
     (tmp_path / "graph.json").write_text("old")
     code, stderr = run(_FULL, "integer", tmp_path, 1, 1000)
