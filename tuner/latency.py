@@ -1,8 +1,8 @@
 """Latency as a cost: times of ops add up to a prediction, whole models are measured.
 
-What is predicted for a plan is FP32's measured time less what each op saves alone. Whole candidates
-are then measured beside FP32, in turns: what counts in the end is this, and a plan that is not
-measured faster than FP32, beyond the noise, never wins.
+What is predicted for a plan is FP32's measured time less what its ops save, each as it is timed
+alone. Whole candidates are then measured beside FP32, in turns: what counts in the end is this, and
+a plan that is not measured faster than FP32, beyond the noise, never wins.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -34,6 +35,7 @@ _BLOCK_S = 0.1
 _LIMIT_S = 12.0
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 200
 _TORCH = "torch"
+_FLOAT = OpConfig.float()
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,31 @@ class LatencyModel:
         self.baseline = MeasuredLatency(baseline_ms, baseline_ms, baseline_ms)
 
     def option_ms(self, op: Op, config: OpConfig) -> float:
-        """Return how long an op takes alone under a configuration; 0 where that is not known."""
+        """Return what an op takes of a call under a configuration; 0 where that is not known.
+
+        No plan may be on the model.
+        """
         alone = self._ops.get(op.name)
-        return 0.0 if alone is None else self._times.time_ms(self._model, alone, config)
+        if alone is None:
+            return 0.0
+        return self._share * self._times.time_ms(self._model, alone, config)
+
+    @cached_property
+    def _share(self) -> float:
+        """What a millisecond of an op alone counts within the model, at most 1.
+
+        An op alone is called by itself, and takes and gives tensors as the runtime's users have
+        them: of small ops all of them alone take longer than the model.
+        """
+        floats = (self._times.time_ms(self._model, op, _FLOAT) for op in self._ops.values())
+        alone_ms = math.fsum(floats)
+        return min(1.0, self.baseline.latency_ms / alone_ms) if alone_ms else 1.0
 
     def predicted_ms(self, plan: Mapping[str, OpConfig]) -> float:
         """Return FP32's time less what each op of a plan saves alone; no plan may be on."""
         ops = {name: self._ops[name] for name in plan if name in self._ops}
         saved = (
-            self.option_ms(op, OpConfig.float()) - self.option_ms(op, plan[name])
-            for name, op in ops.items()
+            self.option_ms(op, _FLOAT) - self.option_ms(op, plan[name]) for name, op in ops.items()
         )
         return self.baseline.latency_ms - math.fsum(saved)
 

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 _ROUNDS = 25
 _LIMIT_S = 1.5
 _SEED = 0
+_ATTENTION = "scaled_dot_product_attention"
 
 
 class OpTimes:
@@ -69,7 +70,18 @@ class OpTimes:
 
 def can_measure(op: Op) -> bool:
     """Whether an op can be run alone: layers, and products of two activations."""
-    return op.type in _FUNCTIONS or _is_layer(op)
+    return _is_product(op) or _is_layer(op)
+
+
+def _is_product(op: Op) -> bool:
+    if op.type not in _FUNCTIONS:
+        return False
+    _, positions = _FUNCTIONS[op.type]
+    if not set(positions) <= set(op.activations):
+        return False
+    query, key = (op.input_shapes[op.activations.index(i)] for i in positions[:2])
+    # fewer heads of keys than of queries take an argument that is not recorded
+    return op.type != _ATTENTION or query[:-2] == key[:-2]
 
 
 def _is_layer(op: Op) -> bool:
@@ -91,7 +103,7 @@ _FUNCTIONS: Mapping[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "matmul": (torch.matmul, (0, 1)),
     "bmm": (torch.bmm, (0, 1)),
     # the third operand is made inside: the probabilities
-    "scaled_dot_product_attention": (F.scaled_dot_product_attention, (0, 1, 3)),
+    _ATTENTION: (F.scaled_dot_product_attention, (0, 1, 3)),
 }
 
 

@@ -19,6 +19,7 @@ from tuner.errors import ExportError
 from tuner.exporters.agreement import Run
 from tuner.exporters.base import Call
 from tuner.exporters.torch_eager import with_integer_kernels
+from tuner.exporters.torch_latency import one_thread
 from tuner.exporters.torch_package import (
     compile_freezing,
     compile_package,
@@ -47,7 +48,8 @@ def loaded(traced: Traced, graph: fx.GraphModule) -> Run:
         _log.warning("no C++ compiler was found: times are those of integer kernels, one by one")
         return _run_of(with_integer_kernels(graph))
     program = traced.exported(graph)
-    with tempfile.TemporaryDirectory() as folder:
+    # as an export does: the compiler writes the number of threads into the code
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         compile_package(program, path)
         return load_package(path)

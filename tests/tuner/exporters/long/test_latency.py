@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from tests.tuner.exporters.torch_nets import A8, W8, Small
 from tuner import (
@@ -22,6 +23,7 @@ from tuner import (
 )
 from tuner.errors import ExportError, StudyMismatchError
 from tuner.example import Example
+from tuner.exporters import torch_package, torch_runtime
 from tuner.exporters.targets import exporter
 from tuner.exporters.timing import interleaved
 from tuner.exporters.tracing import trace
@@ -165,6 +167,18 @@ def test_the_prediction_is_fp32_less_what_ops_save() -> None:
     assert latency.predicted_ms({name: W8A8}) == pytest.approx(latency.baseline.latency_ms - saved)
 
 
+def test_the_ops_of_small_models_never_take_longer_than_the_model() -> None:
+    linears = [nn.Linear(4, 4) for _ in range(12)]
+    model = InstrumentedModel(nn.Sequential(*linears).eval())
+    x = X[:1, 0, 0, :4]
+    with torch.no_grad():
+        ops = model.record(lambda: model.model(x), 1).ops
+    latency = LatencyModel(model, exporter("onnxruntime"), Example.of_batch(model.model, x))
+    floats = [latency.option_ms(op, OpConfig.float()) for op in ops.values()]
+    assert sum(floats) == pytest.approx(latency.baseline.latency_ms)
+    assert latency.predicted_ms(dict.fromkeys(ops, W8A8)) > 0
+
+
 def test_in_pytorch_fp32_is_the_faster_of_compiled_and_op_by_op() -> None:
     layer = nn.Linear(4, 4).eval()
     example = Example.of_batch(layer, X[:1, 0, 0, :4])
@@ -176,6 +190,28 @@ def test_in_pytorch_fp32_is_the_faster_of_compiled_and_op_by_op() -> None:
         times = interleaved({"package": package, "layer": lambda: layer(*inputs)}, 200)
     slower = max(timing.median_ms for timing in times.values())
     assert latency.baseline.latency_ms < slower
+
+
+def test_a_package_is_timed_as_an_export_compiles_it_for_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled_with = []
+
+    def compile_package(program: ExportedProgram, path: Path) -> None:
+        compiled_with.append(torch.get_num_threads())
+        torch_package.compile_package(program, path)
+
+    monkeypatch.setattr(torch_runtime, "compile_package", compile_package)
+    layer, before = nn.Linear(4, 4).eval(), torch.get_num_threads()
+    example = Example.of_batch(layer, X[:1, 0, 0, :4])
+    torch.set_num_threads(2)
+    try:
+        call = exporter("torch").compiled(trace(InstrumentedModel(layer), example))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert compiled_with == [1]
+    assert isinstance(call(), tuple)
 
 
 def one(model: nn.Module) -> float:
