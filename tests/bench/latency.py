@@ -95,10 +95,12 @@ def row(name: str, space: str, target: str, trials: int) -> dict[str, Any]:
     config = TuningConfig(space=space, target=target, objective="latency", max_trials=trials)
     with watch.watching():
         model, told = tuned(name, config)
+    calls, seconds = dict(watch.calls), dict(watch.seconds)
     assert watch.made is not None
-    latency, result = watch.made, model.result
+    latency, result, best = watch.made, model.result, model.result.best
+    exported = _exported(model, target)
+    model._parts.model.apply({})  # ops are timed alone without a plan
     records = [_trial(record, latency) for record in result.trials]
-    best = result.best
     measured = result.baseline_costs["latency_ms"] / best.costs["latency_ms"]
     predicted = result.baseline_costs["latency_ms"] / latency.predicted_ms(best.plan)
     return {
@@ -106,11 +108,11 @@ def row(name: str, space: str, target: str, trials: int) -> dict[str, Any]:
         "space": space,
         "target": target,
         "evaluations": result.evaluations,
-        "plans_measured": watch.calls["plans"],
-        "ops_timed": watch.calls["ops"],
+        "plans_measured": calls.get("plans", 0),
+        "ops_timed": calls.get("ops", 0),
         "wall_s": result.duration_s,
         "eval_s": result.eval_s,
-        "timing_s": dict(watch.seconds),
+        "timing_s": seconds,
         "baseline_costs": dict(result.baseline_costs),
         "best_costs": dict(best.costs),
         "best_trial": best.number,
@@ -124,7 +126,7 @@ def row(name: str, space: str, target: str, trials: int) -> dict[str, Any]:
         "stop_reason": result.stop_reason,
         "quantized_ops": result.quantized_ops,
         "ops": len(best.plan),
-        "exported": _exported(model, target),
+        "exported": exported,
         "warnings": told,
         "trials": records,
         "machine": surroundings,

@@ -33,9 +33,8 @@ def _kept_goal(row: Row) -> str:
     return "–" if row["goal"] is None else f"{row['simulated']:.4f}: {row['goal']}"
 
 
-def _rank_correlation(row: Row) -> str:
-    found = row["rank_correlation"]
-    return "–" if found is None else f"{found:.2f}"
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -51,9 +50,9 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("FP32 ms", lambda r: f"{r['baseline_costs']['latency_ms']:.3g}"),
     ("ms (quartiles)", _spread),
     ("FP32 ÷ plan", lambda r: f"{r['speedup']:.2f}"),
-    ("predicted", lambda r: f"{r['predicted_speedup']:.2f}"),
+    ("predicted", lambda r: _ratio(r["predicted_speedup"])),
     ("exported", _exported),
-    ("ρ", _rank_correlation),
+    ("ρ", lambda r: _ratio(r["rank_correlation"])),
     ("metric and goal", _kept_goal),
     ("ops quantized", lambda r: f"{r['quantized_ops']} of {r['ops']}"),
 )
