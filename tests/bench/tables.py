@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import latency_columns
+import metric_columns
 
 HERE = Path(__file__).parent
 RUNS = HERE / "raw" / "runs"
@@ -17,6 +18,7 @@ QAT = HERE / "raw" / "qat"
 SERVICE = HERE / "raw" / "service"
 EXPORT = HERE / "raw" / "export"
 LATENCY = HERE / "raw" / "latency"
+METRIC = HERE / "raw" / "metric"
 RESULTS = HERE / "RESULTS.md"
 
 Row = Mapping[str, Any]
@@ -262,6 +264,7 @@ def render() -> None:
     services = _newest(_read(SERVICE), ("database",))
     exports = _newest(_read(EXPORT), ("model", "space", "target"))
     latencies = _newest(_read(LATENCY), ("model", "space", "target"))
+    metrics = _newest(_read(METRIC), ("target",))
     tasks = {row["model"]: row for row in rows if row["strategy"] == "auto"}
     parts = [
         _INTRODUCTION,
@@ -286,6 +289,9 @@ def render() -> None:
         "## Exports\n",
         _EXPORT_INTRODUCTION,
         _table(_EXPORT_COLUMNS, exports),
+        "## Metrics of artifacts\n",
+        metric_columns.INTRODUCTION,
+        _table(metric_columns.COLUMNS, metrics),
         "## Latency as the objective\n",
         latency_columns.INTRODUCTION,
         _table(latency_columns.COLUMNS, latencies),

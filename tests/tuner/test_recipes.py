@@ -13,6 +13,7 @@ from tuner.errors import DataError, UnknownNameError
 from tuner.recipes import Task, cache, char_lm, digits_vit_outliers
 from tuner.recipes.base import TrainingParameters
 from tuner.recipes.digits import TopOneAccuracy, digits
+from tuner.recipes.docstring_pairs import Pair, docstring_pairs
 
 SHORT = {"epochs": 1}
 DIGIT_RECIPES = ("digits-resnet", "digits-depthwise", "digits-vit-outliers")
@@ -211,3 +212,13 @@ def test_the_cache_name_changes_with_parameters_and_data() -> None:
 
 def _must_not_train(model: nn.Module) -> None:
     raise AssertionError("trained although the weights are cached")
+
+
+def test_docstrings_of_a_folder_are_pairs_and_files_for_a_newer_python_have_none(
+    tmp_path: Path,
+) -> None:
+    words = " ".join(f"word{index}" for index in range(20))
+    source = f'def f():\n    """Return what no other text says.\n\n    {words}\n    """\n'
+    (tmp_path / "ours.py").write_text(source)
+    (tmp_path / "newer.py").write_text(f"match = case of : f\n{source}")
+    assert docstring_pairs(tmp_path) == [Pair("Return what no other text says.", words)]

