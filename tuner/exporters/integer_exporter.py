@@ -14,10 +14,10 @@ from tuner.exporters.agreement import agreement
 from tuner.exporters.base import Exporter, ExportRequest
 from tuner.exporters.integer_graph import Document, GraphWriter
 from tuner.exporters.integer_known import why_no_activation, why_no_weight
-from tuner.exporters.integer_runner import FORMAT, GRAPH, VERSION, WEIGHTS, Runner
+from tuner.exporters.integer_runner import FORMAT, GRAPH, VERSIONS, WEIGHTS, Runner
 from tuner.exporters.integer_values import Integers
 from tuner.exporters.report import ExportReport, LayerAgreement, LeftFloat
-from tuner.exporters.staging import written
+from tuner.exporters.staging import digest, written
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.plan import Plan
@@ -67,7 +67,8 @@ class IntegerExporter(Exporter):
         """
         traced = request.traced
         document = GraphWriter(traced, request.plan).write()
-        files = {GRAPH: _graph(traced, document), WEIGHTS: save(document.tensors)}
+        weights = save(document.tensors)
+        files = {GRAPH: _graph(traced, document, digest(weights)), WEIGHTS: weights}
         runner = Runner.of(json.loads(files[GRAPH]), load(files[WEIGHTS]))
 
         def run(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -157,7 +158,7 @@ def _arrays(inputs: Sequence[Tensor]) -> list[Any]:
     return [tensor.detach().cpu().numpy() for tensor in inputs]
 
 
-def _graph(traced: Traced, document: Document) -> bytes:
+def _graph(traced: Traced, document: Document, weights: str) -> bytes:
     example = traced.example
     inputs = []
     for name, tensor in zip(example.names, example.tensors, strict=True):
@@ -168,7 +169,8 @@ def _graph(traced: Traced, document: Document) -> bytes:
     outputs = zip(traced.outputs, document.outputs, strict=True)
     graph = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[any("left_shift" in node for node in document.nodes)],
+        "weights_sha256": weights,
         "inputs": inputs,
         "outputs": [{"name": name, "node": node} for name, node in outputs],
         "layers": document.layers,

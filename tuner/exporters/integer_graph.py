@@ -221,6 +221,8 @@ class GraphWriter:
     ) -> None:
         op = x.op
         fields: dict[str, Any] = {"accumulator_bits": found.bits}
+        if found.left_shift:
+            fields["left_shift"] = found.left_shift
         if found.bias is not None:
             parts = {"bias": found.bias.codes}
             if found.bias.multiplier is not None and found.bias.shift is not None:

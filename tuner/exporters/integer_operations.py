@@ -11,6 +11,9 @@ from tuner.exporters.integer_values import Array, fixed_point, rescaled
 from tuner.schemes import TensorScheme
 
 _INT32 = 1 << 31
+_PRODUCT_BITS = 14
+_SUM_BITS = 29
+"""A bit of a signed sum of 32 is left for the bias."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +21,8 @@ class Operation:
     """A node of integer arithmetic: its op, what its sums are, and what its bias is made of.
 
     `worst` is the largest magnitude that sums can have. `bias` is None where there is none, or
-    where it is added to the floats behind (`floats_bias`).
+    where it is added to the floats behind (`floats_bias`). Sums are shifted left by `left_shift`
+    before it is added; scale and worst are those of the shifted ones.
     """
 
     op: str
@@ -27,6 +31,7 @@ class Operation:
     bias: "Bias | None"
     floats_bias: bool
     after: int
+    left_shift: int = 0
 
     @property
     def bits(self) -> int:
@@ -68,11 +73,30 @@ def layer(
         reach, scales = np.tile(reach, groups), np.tile(scales, groups)
     after = 0 if kind == "linear" else axes - 2
     steps = x.scale * scales if x.is_one_scale and x.scale is not None else None
-    codes = None if bias is None or steps is None else bias_codes(bias, steps, scheme)
+    if bias is None or steps is None:
+        codes, left = None, 0
+    else:
+        left = _left_shift(
+            x.largest * int(levels.max(initial=0)), int(reach.max(initial=0)), scheme
+        )
+        steps = steps / 2.0**left
+        codes = bias_codes(bias, steps, scheme)
     added = 0 if codes is None else np.abs(_in_steps(codes))
-    worst = int((reach + added).max(initial=0))
+    worst = int(((reach << left) + added).max(initial=0))
     shaped = None if steps is None else steps.reshape(-1, *[1] * after)
-    return Operation(kind, shaped, worst, codes, bias is not None and codes is None, after)
+    by_float = bias is not None and codes is None
+    return Operation(kind, shaped, worst, codes, by_float, after, left)
+
+
+def _left_shift(product: int, reach: int, scheme: TensorScheme | None) -> int:
+    """Return by how much sums are shifted left, so that their steps are as fine as of 8 by 8 bits.
+
+    Products of few bits have steps so coarse that a bias rounded to them moves codes behind. One
+    that the plan itself counts in such steps needs nothing finer.
+    """
+    if scheme is not None and scheme.format == "int32":
+        return 0
+    return max(0, min(_PRODUCT_BITS - product.bit_length(), _SUM_BITS - reach.bit_length()))
 
 
 def matmul(a: Known, b: Known, length: int) -> Operation | str:

@@ -4,7 +4,8 @@
     logits = runner.run(image)[0]
 
 `graph.json` has `format` ("accutune-integer"), `version`, `inputs`, `outputs`, `layers` and
-`nodes`. A node has a `name`, an `op`, `args` by name ({"node": …} for what another node gave,
+`nodes`, and `weights_sha256`, the digest of the weights.safetensors that it belongs to, which is
+checked. A node has a `name`, an `op`, `args` by name ({"node": …} for what another node gave,
 {"number": "-inf"} for what JSON has no number for), and by its op:
 
 - `input`: `index` among the inputs. `constant`: the `tensor` of weights.safetensors that it is.
@@ -19,20 +20,23 @@
   them.
 - `integer.linear`, `integer.conv`, `integer.conv_transpose`, `integer.matmul`: sums of products of
   (code − zero point); `bias` int32 in steps of input scale × weight scale, or codes of a scale of
-  their own, `bias_multiplier` and `bias_shift` taking them there. `accumulator_bits` is what the
-  worst case of sums needs: Σ |w| · max |x − zero point| + |bias|; of products of two activations,
+  their own, `bias_multiplier` and `bias_shift` taking them there. With `left_shift` (version 2) the
+  sums are shifted left by so many bits before the bias is added, which counts in steps that much
+  finer. `accumulator_bits` is what the worst case of sums needs: Σ |w| · max |x − zero point|,
+  shifted, + |bias|; of products of two activations,
   whose length may change, it is that for the length of the example.
 - `aten.…`: the function of that name of PyTorch on floats; those in MOVES take codes as they are.
 - `python.…`: arithmetic of lengths, and picking from lists.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from tuner.exporters.integer_convolutions import convolved, transposed
 from tuner.exporters.integer_functions import FUNCTIONS
@@ -41,7 +45,7 @@ from tuner.exporters.integer_products import Accumulators, Overflow
 from tuner.exporters.integer_shapes import MOVES, NUMBERS
 from tuner.exporters.integer_values import Array, Grid, Integers, broadcast_scale, rescaled
 
-FORMAT, VERSION = "accutune-integer", 1
+FORMAT, VERSIONS = "accutune-integer", (1, 2)
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 Node = Mapping[str, Any]
 
@@ -52,7 +56,7 @@ class Runner:
     `accumulator_bits`, `overflow` and `pairs` are those of `Accumulators`; after a run `overflowed`
     says how many sums of which node did not fit. With `round_twice`, what is requantized is
     rounded as gemmlowp does (Jacob et al., CVPR 2018, section 2.2), and some codes are a step off.
-    Raises ValueError for a folder of another format.
+    Raises ValueError for a folder of another format, or of files that do not belong together.
     """
 
     def __init__(
@@ -64,9 +68,16 @@ class Runner:
         round_twice: bool = False,
     ) -> None:
         graph = json.loads((Path(folder) / GRAPH).read_text(encoding="utf-8"))
-        if (graph.get("format"), graph.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"{folder} has no graph of the format {FORMAT} {VERSION}")
-        tensors = load_file(Path(folder) / WEIGHTS)
+        if graph.get("format") != FORMAT or graph.get("version") not in VERSIONS:
+            raise ValueError(f"{folder} has no graph of the format {FORMAT} {VERSIONS}")
+        contents = (Path(folder) / WEIGHTS).read_bytes()
+        written = graph.get("weights_sha256")
+        if written is not None and written != hashlib.sha256(contents).hexdigest():
+            raise ValueError(
+                f"{folder}: {GRAPH} and {WEIGHTS} come from different exports, one of which was "
+                "broken off, or one file was changed: export the model again"
+            )
+        tensors = load(contents)
         self._set(graph, tensors, Accumulators(accumulator_bits, overflow, pairs))
         self._twice = round_twice
 
@@ -239,8 +250,9 @@ class Runner:
             multiplier, shift = (self.number(node[f"bias_{p}"]) for p in ("multiplier", "shift"))
             bias = rescaled(bias, multiplier, shift)
         shaped = None if bias is None else bias.reshape(-1, *[1] * after)
-        held = self._accumulators.added(node["name"], sums, shaped)
-        return Integers(held, scale.astype(np.float64), np.asarray(0))
+        left = node.get("left_shift", 0)
+        held = self._accumulators.added(node["name"], sums << left, shaped)
+        return Integers(held, scale.astype(np.float64) / 2.0**left, np.asarray(0))
 
 
 _INTEGER: dict[str, Callable[[Runner, Node, Mapping[str, Any]], Integers]] = {

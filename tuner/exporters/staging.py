@@ -1,6 +1,9 @@
 """Files that are not checked yet: hidden beside their place, and moved there when all is well."""
 
+import glob
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +18,7 @@ except ImportError:  # on Windows: what killed exports leave stays there, and no
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".accutune-export-"
+_DIGITS = 16
 
 
 class CannotWriteError(ExportError):
@@ -51,6 +55,30 @@ def written(files: Mapping[str, bytes], folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in files)
 
 
+def digest(contents: bytes) -> str:
+    """Return what tells contents from others: their SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(contents).hexdigest()
+
+
+def data_name(file: Path, data: Path) -> str:
+    """Return the name for the data of a file, made of their contents: no older file has it."""
+    with data.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    return f"{file.name}.{found[:_DIGITS]}.data"
+
+
+def _data_of(file: Path) -> list[Path]:
+    """Return the data files that a file names, and those that killed exports made for it."""
+    made = re.compile(rf"{re.escape(file.name)}\.[0-9a-f]{{{_DIGITS}}}\.data")
+    found = list(file.parent.glob(f"{glob.escape(file.name)}*.data"))
+    contents = file.read_bytes() if found and file.is_file() else b""
+    return [
+        data
+        for data in found
+        if made.fullmatch(data.name) or (data.name.encode() in contents and data.is_file())
+    ]
+
+
 class Stage:
     """Where an artifact is written before it is checked: `path`, in a hidden folder.
 
@@ -64,9 +92,10 @@ class Stage:
     def keep(self, files: Iterable[Path]) -> tuple[Path, ...]:
         """Move files to where they are to be, the first one last; return them there.
 
-        Each replaces at once what was there; only a kill between two of them leaves files of two
-        artifacts beside one another. Raises CannotWriteError where a folder is in the way; then
-        nothing is moved.
+        Each replaces at once what was there; a kill between two of them leaves files of two
+        artifacts beside one another, so that the first must name the others by their contents
+        (`data_name`) or hold their `digest`. Data files that the first one named before are removed
+        at the end. Raises CannotWriteError where a folder is in the way; then nothing is moved.
         """
         home = self._folder.parent
         moves = {path: home / path.name for path in files}
@@ -74,9 +103,13 @@ class Stage:
             for place in moves.values():
                 if place.is_dir():
                     raise CannotWriteError(place, f"{place.name} is a folder")
+            stale = [data for place in moves.values() for data in _data_of(place)]
             for path, place in reversed(moves.items()):
                 with writing(place):
                     os.replace(path, place)
+            for data in set(stale) - set(moves.values()):
+                with suppress(OSError):
+                    data.unlink()
         return tuple(moves.values())
 
 

@@ -225,3 +225,46 @@ def onnx_run(node: object, constants: dict, x: np.ndarray, kind: type) -> np.nda
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     return session.run(None, {"x": x})[0]
+
+
+A4 = TensorScheme(format="uint4", symmetric=False)
+W2 = TensorScheme(format="int2", granularity=PerChannel(0), calibration="mse")
+
+
+def few_bits(bias: TensorScheme | None) -> tuple[nn.Module, torch.Tensor, SearchSpace]:
+    """Return layers whose biases are small beside steps of products of 2 by 4 bits."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
+    coarse = OpConfig(weight=W2, inputs=A4, bias=bias)
+    rules = [Rule(names=[n], options=[c]) for n, c in (("0", coarse), ("1", INT8_BOTH))]
+    return nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), x, SearchSpace(rules=rules)
+
+
+INT8_BOTH = OpConfig(weight=W8, inputs=A8)
+
+
+@pytest.mark.parametrize("bias", [None, "int8"])
+def test_biases_are_no_coarser_than_of_8_by_8_bits(bias: str | None, folder: Path) -> None:
+    net, x, space = few_bits(None if bias is None else TensorScheme(format=bias))
+    model = fitted(net, x, space)
+    report = exported(model, x, folder)
+    assert report.layers[-1].equal > 0.98
+    graph = graph_of(folder)
+    first, second = (n for n in graph["nodes"] if n["op"] == "integer.linear")
+    assert first["left_shift"] > 6
+    assert "left_shift" not in second
+    assert graph["version"] == 2
+    exact = Runner(folder).run(x.numpy())[0]
+    for overflow in ("wrap", "saturate"):
+        held = Runner(folder, max(n["accumulator_bits"] for n in (first, second)), overflow)
+        assert np.array_equal(held.run(x.numpy())[0], exact)
+        assert not held.overflowed
+    torch.testing.assert_close(torch.from_numpy(exact), model(x).detach(), rtol=0, atol=0.02)
+
+
+def test_biases_that_the_plan_counts_in_coarse_steps_stay_in_them(folder: Path) -> None:
+    net, x, space = few_bits(TensorScheme(format="int32"))
+    report = exported(fitted(net, x, space), x, folder)
+    assert report.layers[-1].equal == 1
+    graph = graph_of(folder)
+    assert graph["version"] == 1
+    assert not any("left_shift" in node for node in graph["nodes"])
