@@ -11,7 +11,7 @@ from tuner import formats
 from tuner.exporters.base import Exporter, ExportRequest
 from tuner.exporters.markers import operand_of
 from tuner.exporters.report import ExportReport
-from tuner.exporters.staging import written
+from tuner.exporters.staging import digest, written
 from tuner.exporters.tracing import Traced, TracedWeight
 from tuner.operands import OUTPUT
 from tuner.ops import Op
@@ -52,13 +52,14 @@ class TensorRange:
 class CalibrationExporter(Exporter):
     """Writes a folder of ranges.json and calibration.cache; nothing in it runs.
 
-    ranges.json has `format`, `version`, `model_inputs`, `model_outputs` and `tensors`, a list of
-    TensorRange. calibration.cache is TensorRT's text: the line TRT-<version>-EntropyCalibration2,
-    then `name: scale` for each activation, the scale as eight hexadecimal digits of a big-endian
-    IEEE-754 single. It is that of symmetric int8, max(|min|, |max|) / 127, whatever the bits of the
-    plan. Names are those of the tensors in the traced graph, which an ONNX export of the same graph
-    keeps; where a tensor has several ranges the widest counts. TensorRT 10 takes a cache only with
-    the number of its own version in the first line: give it as `tensorrt_version`.
+    ranges.json has `format`, `version`, `model_inputs`, `model_outputs`, `tensors`, a list of
+    TensorRange, and `cache_sha256`, the digest of the cache of the same export. calibration.cache
+    is TensorRT's text: the line TRT-<version>-EntropyCalibration2, then `name: scale` for each
+    activation, the scale as eight hexadecimal digits of a big-endian IEEE-754 single. It is that of
+    symmetric int8, max(|min|, |max|) / 127, whatever the bits of the plan. Names are those of the
+    tensors in the traced graph, which an ONNX export of the same graph keeps; where a tensor has
+    several ranges the widest counts. TensorRT 10 takes a cache only with the number of its own
+    version in the first line: give it as `tensorrt_version`.
     """
 
     target = "calibration"
@@ -73,10 +74,8 @@ class CalibrationExporter(Exporter):
     def export(self, request: ExportRequest) -> ExportReport:
         """Write both files into the folder `request.path`; raises ExportError where it cannot."""
         ranges = [*weight_ranges(request.traced), *activation_ranges(request.traced)]
-        files = {
-            RANGES: _json(request.traced, ranges),
-            CACHE: cache_text(ranges, self.tensorrt_version).encode(),
-        }
+        cache = cache_text(ranges, self.tensorrt_version).encode()
+        files = {RANGES: _json(request.traced, ranges, digest(cache)), CACHE: cache}
         return ExportReport(
             target=self.target,
             files=written(files, request.path),
@@ -197,11 +196,12 @@ def _numbers(scheme: TensorScheme, scale: Tensor, zero_point: Tensor | int | Non
     )
 
 
-def _json(traced: Traced, ranges: list[TensorRange]) -> bytes:
+def _json(traced: Traced, ranges: list[TensorRange], cache: str) -> bytes:
     return as_json(
         {
             "format": _FORMAT,
             "version": _VERSION,
+            "cache_sha256": cache,
             "model_inputs": list(traced.example.names),
             "model_outputs": list(traced.outputs),
             "tensors": [asdict(found) for found in ranges],

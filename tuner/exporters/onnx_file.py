@@ -19,7 +19,7 @@ from tuner.errors import ExportError
 from tuner.exporters.onnx_ops import BLOCKS_FROM, translations
 from tuner.exporters.onnx_storage import store_small
 from tuner.exporters.onnx_weights import dequantized
-from tuner.exporters.staging import writing
+from tuner.exporters.staging import data_name, writing
 from tuner.exporters.tracing import Traced
 
 _BASE_OPSET = 20
@@ -74,14 +74,25 @@ class OnnxModel:
 
         Raises ExportError where that cannot be done.
         """
-        data = f"{path.name}.data" if self.is_large else None
         with writing(path):
-            if data is None:
-                path.write_bytes(self.to_bytes())
-            else:
-                ir.save(self.model, path, external_data=data)
-                path.write_bytes(_without_shapes(onnx.load(path, load_external_data=False)))
-        return (path,) if data is None else (path, path.parent / data)
+            if self.is_large:
+                return path, self._save_apart(path)
+            path.write_bytes(self.to_bytes())
+        return (path,)
+
+    def _save_apart(self, path: Path) -> Path:
+        """Write the file and its constants, which have the name that the file knows them by."""
+        made = path.with_name(f"{path.name}.data")
+        ir.save(self.model, path, external_data=made.name)
+        named = made.with_name(data_name(path, made))
+        made.replace(named)
+        proto = onnx.load(path, load_external_data=False)
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = named.name
+        path.write_bytes(_without_shapes(proto))
+        return named
 
 
 def _without_shapes(proto: onnx.ModelProto) -> bytes:

@@ -1,5 +1,6 @@
 """The target `calibration`: ranges as JSON, and TensorRT's calibration cache."""
 
+import hashlib
 import json
 import struct
 from functools import cache
@@ -76,6 +77,8 @@ def test_every_weight_input_and_output_has_its_range(tmp_path: Path) -> None:
     assert torch.equal(weight.div(scale[:, None]).round().abs().amax(1), torch.full((8,), 7.0))
     assert found["a.weight"]["max"] == pytest.approx((7 * scale).tolist())
     assert report.files == (tmp_path / "out/ranges.json", tmp_path / "out/calibration.cache")
+    cache = (tmp_path / "out/calibration.cache").read_bytes()
+    assert read["cache_sha256"] == hashlib.sha256(cache).hexdigest()
     assert report.latency == ()
     assert report.agreement is None
 

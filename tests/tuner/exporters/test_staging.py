@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.exporters.staging import CannotWriteError, staged
+from tuner.exporters.staging import CannotWriteError, data_name, staged
 
 _DIES = """
 import os, signal, sys
@@ -62,6 +62,34 @@ def test_what_is_not_kept_is_gone_with_the_folders_made_for_it(tmp_path: Path) -
     with staged(tmp_path / "new" / "folder", is_file=False) as stage:
         (stage.path / "graph.json").write_text("half")
     assert names(tmp_path) == []
+
+
+def test_data_that_the_older_file_named_go_and_those_of_others_stay(tmp_path: Path) -> None:
+    own = ["model.onnx.data", "model.onnx.0123456789abcdef.data"]
+    others = ["model.onnx.mine.data", "other.onnx.data", "model.onnx.backup"]
+    for name in (*own, *others):
+        (tmp_path / name).write_text("data")
+    (tmp_path / "model.onnx").write_text("constants are in model.onnx.data, and they")
+
+    def export(contents: str) -> None:
+        with staged(tmp_path / "model.onnx", is_file=True) as stage:
+            stage.path.write_text(contents)
+            stage.keep([stage.path])
+
+    export("new")
+    assert names(tmp_path) == sorted(["model.onnx", *others])
+    (tmp_path / "model.onnx.data").write_text("of the user")
+    export("newer")
+    assert names(tmp_path) == sorted(["model.onnx", "model.onnx.data", *others])
+
+
+def test_data_are_named_by_what_they_hold(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    found = []
+    for contents in ("one", "other", "one"):
+        path.write_text(contents)
+        found.append(data_name(tmp_path / "model.onnx", path))
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize("error", [OSError(5, "of the user's own"), KeyboardInterrupt()])

@@ -1,5 +1,6 @@
 """What kills an export, fills its disk or exports beside it: an artifact is whole, or the old."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from tests.tuner.exporters.onnx_nets import floats, quantized
 from tuner.errors import ExportError
 from tuner.exporters import onnx_file
+from tuner.exporters.integer_runner import Runner
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
 from tuner.exporters.targets import targets
 from tuner.exporters.torch_package import has_compiler
@@ -66,6 +68,51 @@ def run(code: str, *arguments: object, within: tuple[str, ...] = ()) -> tuple[in
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+_DIES_BETWEEN = """
+from tuner.exporters import onnx_file
+onnx_file._EXTERNAL_BYTES = 1000
+replace, last = os.replace, sys.argv[4]
+
+def die(path, place):
+    if Path(place).name == last and "accutune-export" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(path, place)
+
+os.replace = die
+export(path)
+"""
+
+
+def test_a_kill_between_two_files_leaves_the_older_model_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    assert run(_DIES_BETWEEN, "onnxruntime", path, 1, "nothing") == (0, "")
+    old, x = contents(tmp_path), floats(4, 64)
+    (expected,) = OnnxRuntimeSession(path).run([x])
+    code, _ = run(_DIES_BETWEEN, "onnxruntime", path, 2, path.name)
+    assert code == -signal.SIGKILL
+    left = {found.name: found.read_bytes() for found in tmp_path.glob("model.*")}
+    assert left.items() > old.items()
+    torch.testing.assert_close(OnnxRuntimeSession(path).run([x])[0], expected, rtol=0, atol=0)
+    assert run(_DIES_BETWEEN, "onnxruntime", path, 2, "nothing") == (0, "")
+    assert len(contents(tmp_path)) == 2  # what the killed one left is gone, and the older data, too
+    assert not torch.equal(OnnxRuntimeSession(path).run([x])[0], expected)
+
+
+def test_a_kill_between_two_files_of_integers_is_found_when_they_are_read(tmp_path: Path) -> None:
+    assert run(_DIES_BETWEEN, "integer", tmp_path, 1, "nothing") == (0, "")
+    Runner(tmp_path)
+    code, _ = run(_DIES_BETWEEN, "integer", tmp_path, 2, "graph.json")
+    assert code == -signal.SIGKILL
+    with pytest.raises(ValueError, match="come from different exports"):
+        Runner(tmp_path)
+    assert run(_DIES_BETWEEN, "integer", tmp_path, 2, "nothing") == (0, "")
+    Runner(tmp_path)
+    graph = json.loads((tmp_path / "graph.json").read_text())
+    del graph["weights_sha256"]  # as older exports have it
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    Runner(tmp_path)
 
 
 @_INTEGER_OR_ONNX
@@ -167,13 +214,17 @@ def test_constants_beside_the_file_come_and_stay_with_it(
         model.export(path, eval_func=eval_func, batches=())
     assert list(tmp_path.iterdir()) == []
     report = model.export(path, batches=())
-    assert report.files == (path, tmp_path / "model.onnx.data")
+    assert report.files[0] == path
+    assert sorted(tmp_path.iterdir()) == sorted(report.files)
     old = contents(tmp_path)
     (found,) = OnnxRuntimeSession(path).run([floats(4, 32)])
     torch.testing.assert_close(found, model(floats(4, 32)), rtol=0, atol=0.02)
     with pytest.raises(error):
         model.export(path, eval_func=eval_func, batches=())
     assert contents(tmp_path) == old
+    monkeypatch.undo()
+    model.export(path, batches=())
+    assert list(tmp_path.iterdir()) == [path]  # constants that it no longer has beside it are gone
 
 
 @pytest.mark.parametrize(
