@@ -91,6 +91,28 @@ class Example:
         firsts = {t.shape[0] for t in self.tensors if t.dim()}
         return self.with_batch(2).tensors if firsts == {1} else self.tensors
 
+    def why_no_batch(self, run: Callable[..., Any]) -> str | None:
+        """Return why `tensors_to_trace` fail, though the example's own are well: they are no batch.
+
+        None where that is not so. `run` takes tensors as the model does.
+        """
+        doubled = self.tensors_to_trace()
+        if doubled is self.tensors:
+            return None
+        try:
+            run(*doubled)
+        except Exception as error:  # the user's model may raise anything
+            shown, wide = (
+                ", ".join(str(list(t.shape)) for t in ts) for ts in (self.tensors, doubled)
+            )
+            return (
+                f"the model takes example inputs of the shape {shown}, but not two of them, {wide} "
+                f"({type(error).__name__}: {error}): their first axis is not that of a batch. Give "
+                "one sample as a batch of one, x.unsqueeze(0), in the calibration data as well; a "
+                "model that computes one sample at a time must be changed for an export"
+            )
+        return None
+
     def dynamic_axes(self, given: Axes | None = None) -> dict[str, dict[int, str]]:
         """Return the axes of each input whose length may change, with their names.
 

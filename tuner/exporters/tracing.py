@@ -160,7 +160,15 @@ def trace(model: InstrumentedModel, example: Example, dynamic_axes: Axes | None 
     outputs: list[str] = []
     tell = partial(setitem, outputs, slice(None))
     flat = _Flat(twin.model, example, tell).eval()
-    program = _exported(flat, example, wanted)
+    try:
+        program = _exported(flat, example, wanted)
+    except ExportError as error:
+        simulated = _Flat(model.copy().model, example, lambda names: None).eval()
+        with torch.no_grad():
+            why = example.why_no_batch(simulated)
+        if why is None:
+            raise
+        raise ExportError(why) from error
     dynamic = _free_axes(program, example, wanted, dynamic_axes is not None)
     graph = functional(program)
     _check_reached(graph, quantizers)

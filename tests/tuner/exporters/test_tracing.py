@@ -1,5 +1,7 @@
 """A traced graph is the simulated model, to the bit, for other batch sizes too."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -274,3 +276,18 @@ def test_with_batch_leaves_alone_what_has_no_batch_in_front() -> None:
     example = Example.of_call(nn.Identity(), (rows(3), state), {})
     assert example.batch == 3
     assert [len(t) for t in example.with_batch(7).tensors] == [7, 2]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 1, 8, 8)])
+def test_a_sample_of_one_channel_without_a_batch_is_told_from_a_batch(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    model = quantization.fit(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()).eval(), [x])
+    if len(shape) == 4:
+        assert model.export(tmp_path, "calibration").files
+        return
+    for example in (None, x):
+        with pytest.raises(ExportError, match=r"shape \[1, 8, 8\], but not two .*unsqueeze\(0\)"):
+            model.export(tmp_path, "calibration", example)
+    assert model.export(tmp_path, "calibration", x.unsqueeze(0)).files
