@@ -10,9 +10,10 @@ INTRODUCTION = """\
 caches, with the threads below (1 % goal; ResNet-18 by calibration alone). Times are those of a call
 at batch 1; FP32 is the same runtime's, of PyTorch the faster of compiled and op by op. Of plans
 that meet the goal, each is measured in turns with FP32; one that is not 2 % faster, beyond the
-noise, never comes back. **exported** is the same ratio as the export of the plan reports it; for PyTorch
-FP32 is there, too, the faster of the two. **ρ** is the rank correlation of predicted and measured
-times over the plans measured, of four at least.
+noise, never comes back. **exported** is the same ratio as the export of the plan reports it; for
+PyTorch FP32 is there, too, the faster of the two. **ρ** is the rank correlation of predicted and
+measured times over the plans measured, of four at least. Up to eight other programs ran on the two
+cores: ratios are of calls in turns, but the seconds say little.
 """
 
 
