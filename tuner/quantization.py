@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from tuner.config import TuningConfig
-from tuner.errors import NothingQuantizedWarning, TunerError, UnsupportedError
+from tuner.errors import TunerError, UnsupportedError
 from tuner.evaluation import EvalFunc, Evaluator, evaluate_baseline
 from tuner.isolation import RandomState, copied, isolated_random_state
 from tuner.latency import is_faster
+from tuner.nothing_quantized import warn_if_nothing_quantized
 from tuner.op_table import op_table
 from tuner.plan import Plan
 from tuner.plan_training import PlanTrainer, Training, method_of
@@ -193,7 +193,7 @@ class _Run:
             interrupt.tuning_result = self._result(session, prepared, "cancelled")  # type: ignore[attr-defined]
             raise
         result = self._result(session, prepared, reason)
-        _warn_if_nothing_quantized(result)
+        warn_if_nothing_quantized(result, stacklevel=4)
         return _finished(prepared, result, session.trained(result.best))
 
     def _baseline(self, store: StudyStore, evaluate: Evaluator) -> TrialRecord:
@@ -262,7 +262,7 @@ def _by_calibration(
     duration_s = time.monotonic() - started
     result = replace(_result_of(prepared, config, baseline, best, duration_s), trials=(found,))
     if not wins:
-        warnings.warn(_slower(result) or "", NothingQuantizedWarning, stacklevel=3)
+        warn_if_nothing_quantized(result, stacklevel=3)
     return _finished(prepared, result, trained)
 
 
@@ -344,39 +344,6 @@ def _finished(
 def _parts(prepared: Prepared, plan: Plan, result: TuningResult) -> Parts:
     folded, scalings = prepared.folded, prepared.scalings
     return Parts(prepared.model, plan, folded, result, scalings, prepared.example)
-
-
-def _warn_if_nothing_quantized(result: TuningResult) -> None:
-    if result.quantized_ops:
-        return
-    warnings.warn(_slower(result) or _none_met(result), NothingQuantizedWarning, stacklevel=5)
-
-
-def _slower(result: TuningResult) -> str | None:
-    """Say that plans met the goal, but took longer than FP32; None where that is not so."""
-    fit = (t for t in result.trials if t.meets_goal is not False and "latency_ms" in t.costs)
-    met = sorted(fit, key=lambda trial: trial.costs["latency_ms"])
-    if not met or result.config.objective != "latency":
-        return None
-    fastest = met[0].costs
-    times = [fastest["latency_ms"], fastest["latency_lower_ms"], fastest["latency_upper_ms"]]
-    shown = "{:.3g} ms ({:.3g} to {:.3g})".format(*times)
-    return (
-        f"nothing was quantized: {len(met)} of {len(result.trials)} plans met the goal, but the "
-        f"fastest of them takes {shown} in {result.config.target}, FP32 "
-        f"{result.baseline_costs['latency_ms']:.3g} ms: none is faster beyond the noise. Keep FP32 "
-        "there, allow more trials, or choose objective='size'"
-    )
-
-
-def _none_met(result: TuningResult) -> str:
-    dearest = sorted(result.op_table, key=lambda row: -row.cost_share)[:3]
-    shown = ", ".join(f"{row.name} ({row.cost_share:.0%} of the cost)" for row in dearest)
-    return (
-        f"nothing was quantized: of {len(result.trials)} plans none that is cheaper than FP32 met "
-        f"the goal ({result.goal.describe(result.baseline)}). The ops that cost most: {shown}. "
-        "Allow a larger drop, more trials or a wider space"
-    )
 
 
 def _refuse(

@@ -16,9 +16,10 @@ from torch import Tensor, fx
 from tuner.errors import ExportError
 from tuner.exporters.agreement import Run, agreement
 from tuner.exporters.base import Call, Exporter, ExportRequest
+from tuner.exporters.batch_sizes import check_batch
 from tuner.exporters.report import ExportReport, Latency, LeftFloat
 from tuner.exporters.staging import CannotWriteError, file_of, writing
-from tuner.exporters.timing import latencies, takes_batch
+from tuner.exporters.timing import latencies
 from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import load_program, save_program
 from tuner.exporters.torch_graph import integer_products, spelled_graph
@@ -72,11 +73,7 @@ class TorchExporter(Exporter):
 
         A package is compiled once for all batch sizes. Raises ExportError where it cannot be.
         """
-        if not takes_batch(traced, batch):
-            raise ExportError(
-                f"the model computes with the batch of its example as a constant: it cannot be "
-                f"timed at {batch}. Mend the model, or give calibration batches of {batch}"
-            )
+        check_batch(traced, batch)
         inputs = traced.example.with_batch(batch).tensors
         run = self._runs.get(traced)
         if run is None:
