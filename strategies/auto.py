@@ -7,6 +7,7 @@ import numpy as np
 from strategies.base import Search, Strategy
 from strategies.beliefs import Beliefs
 from strategies.bracket import bracket
+from strategies.corrected import corrected
 from strategies.history import History
 from strategies.knapsack import cheapest_within
 from strategies.ladder import build_ladder
@@ -58,7 +59,8 @@ class Auto(Strategy):
     knapsack ladder under the damages that evaluations have taught (`strategies.posterior`), the
     knapsack of each posterior sample, and what single steps make of them. A miss shortens the
     saving that may be tried next, a success lengthens it. The search ends when the cheapest
-    possible plan passed, when the expected saving is small, or after six misses in a row.
+    possible plan passed, when the expected saving is small, or after six misses in a row. Where
+    plans are measured, costs go by that (`strategies.corrected`).
     """
 
     def search(self) -> Search:
@@ -70,7 +72,8 @@ class Auto(Strategy):
         while _goes_on(history, misses) and (guess := finder.find(history, reach)):
             outcome = yield from history.evaluate(guess.assignment, guess.reason)
             reach = guess.saving * (_GROW if outcome.meets_goal else _SHRINK)
-            misses = 0 if outcome.meets_goal or history.best is None else misses + 1
+            found = history.best in (None, guess.assignment)
+            misses = 0 if found else misses + 1
         if history.best is None and not is_float(self.space, safest(self.space)):
             yield from history.evaluate(safest(self.space), "the least predicted damage")
 
@@ -85,17 +88,24 @@ class _Finder:
     """Finds the plan with the largest expected saving."""
 
     def __init__(self, space: Space, seed: int) -> None:
-        self._space = space
-        self._table = table_of(space)
-        self._posterior = Posterior(space, self._table, seed)
+        self._predicted = space
+        self._seed = seed
+        self._posterior = Posterior(space, table_of(space), seed)
 
     def find(self, history: History, reach: float) -> Guess | None:
         """Return the best new guess whose saving is at most `reach`; None if none is worth it."""
-        ceiling = self._ceiling(history)
-        if ceiling <= self._space.cost(cheapest(self._space)):
+        costed = corrected(self._predicted, history.outcomes, self._seed)
+        spaces = [s for s in costed if _ceiling(s, history) > s.cost(cheapest(s))]
+        if not spaces:
             return None
         beliefs = self._posterior.learn(observe(history.outcomes))
-        climb = Climb(self._table, beliefs, ceiling, reach)
+        found = (self._found(space, beliefs, history, reach) for space in spaces)
+        return next(filter(None, found), None)
+
+    def _found(
+        self, space: Space, beliefs: Beliefs, history: History, reach: float
+    ) -> Guess | None:
+        climb = Climb(table_of(space), beliefs, _ceiling(space, history), reach)
         starts = self._starts(climb, history)
         tops = [*(climb.up(plan) for plan in starts), *starts]
         worth = 0.0 if history.best is None else _LEAST_SAVING
@@ -104,18 +114,11 @@ class _Finder:
         return max(new, key=lambda guess: guess.expected, default=None)
 
     def _is_new(self, assignment: Assignment, history: History) -> bool:
-        return assignment not in history and not is_float(self._space, assignment)
-
-    def _ceiling(self, history: History) -> float:
-        """Return the cost to undercut: of the best plan, else of FP32, else a little above all."""
-        refuge = safest(self._space)
-        if history.best is None and not is_float(self._space, refuge):
-            return _HEADROOM * self._space.cost(refuge)
-        return self._space.cost(history.best or refuge)
+        return assignment not in history and not is_float(self._predicted, assignment)
 
     def _starts(self, climb: "Climb", history: History) -> Ints:
         """Return the most promising plans of the ladder and the samples, and the best so far."""
-        table, beliefs = self._table, climb.beliefs
+        table, beliefs = climb.table, climb.beliefs
         ladder = build_ladder(replace(table, damages=beliefs.mean_damages))
         rungs = np.unique(np.linspace(0, len(ladder) - 1, _RUNGS).astype(np.intp))
         plans = np.stack([ladder.plan(int(rung)) for rung in rungs])
@@ -125,6 +128,17 @@ class _Finder:
         order = np.argsort(-climb.scores(plans), kind="stable")[:_STARTS]
         best = [] if history.best is None else [history.best]
         return np.array([*best, *plans[order]], dtype=np.intp)
+
+
+def _ceiling(space: Space, history: History) -> float:
+    """Return the cost to undercut: of the best plan and of FP32, else a little above all."""
+    refuge = safest(space)
+    costs = [space.cost(plan) for plan in (history.best,) if plan is not None]
+    if is_float(space, refuge):
+        costs.append(space.cost(refuge))
+    # corrected savings may be larger than all there is
+    least = _SMALLEST * max(space.cost(refuge), 0.0)
+    return max(min(costs, default=_HEADROOM * space.cost(refuge)), least)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,19 @@ class Outcome:
 
     `violation` ≤ 0 meets the goal; above 0 it is how far the metric misses it, in the metric's own
     units times −1 where higher is better (so that less is always better). A failed trial has
-    `violation` = inf.
+    `violation` = inf. `cost` is the space's; `measured_cost`, where there is one, what the whole
+    plan was measured to cost, in the same units.
     """
 
     assignment: Assignment
     cost: float
     violation: float
+    measured_cost: float | None = None
+
+    @property
+    def known_cost(self) -> float:
+        """The measured cost where there is one, else the predicted one."""
+        return self.cost if self.measured_cost is None else self.measured_cost
 
     @property
     def meets_goal(self) -> bool:

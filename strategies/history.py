@@ -37,5 +37,9 @@ class History:
         return self._outcomes[assignment]
 
     def is_cheaper(self, assignment: Assignment) -> bool:
-        """Whether a plan costs less than the best one so far."""
-        return self.best is None or self.space.cost(assignment) < self.space.cost(self.best)
+        """Whether a plan costs less than the best one so far, as far as is known."""
+        return self.best is None or self._cost(assignment) < self._cost(self.best)
+
+    def _cost(self, assignment: Assignment) -> float:
+        outcome = self._outcomes.get(assignment)
+        return self.space.cost(assignment) if outcome is None else outcome.known_cost

@@ -100,7 +100,7 @@ class _Sampling:
     def tell(self, trial: optuna.Trial, outcome: Outcome) -> None:
         """Take what the plan of a trial gave."""
         trial.set_constraint("goal", min(outcome.violation, _FAILED))
-        self._study.tell(trial, self._space.cost(outcome.assignment))
+        self._study.tell(trial, outcome.known_cost)
 
     def _settings(self, assignment: Assignment) -> dict[str, int]:
         return {str(k): assignment[knob.units[0]] for k, knob in enumerate(self._knobs)}

@@ -215,7 +215,10 @@ class Session:
 
     def _outcome(self, assignment: Assignment, record: TrialRecord) -> Outcome:
         violation = _violation(record, self._config.goal, self.baseline)
-        return Outcome(assignment, self._prepared.space.space.cost(assignment), violation)
+        space, measured = self._prepared.space, None
+        if self._config.objective == "latency" and self._config.cost_name in record.costs:
+            measured = space.price(record.costs)
+        return Outcome(assignment, space.space.cost(assignment), violation, measured)
 
     def _trial(self, proposal: Proposal) -> Outcome:
         plan = self._prepared.space.plan(proposal.assignment)

@@ -30,6 +30,9 @@ from tuner.exporters.tracing import trace
 from tuner.latency import LatencyModel, MeasuredLatency
 from tuner.model import InstrumentedModel
 from tuner.op_times import OpTimes, can_measure
+from tuner.ops import Op
+from tuner.plan import Plan
+from tuner.preparation import Prepared
 from tuner.quantized_model import QuantizedModel
 
 X = torch.randn(8, 8, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -137,6 +140,44 @@ def test_a_plan_within_the_noise_of_fp32_is_not_called_faster(
     assert any(trial.meets_goal for trial in result.trials)
     assert (result.quantized_ops > 0) is is_returned
     assert (result.best.costs["latency_ms"] < result.baseline_costs["latency_ms"]) is is_returned
+
+
+class Deep(nn.Module):
+    """Two convolutions and two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3))
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+def test_what_plans_are_measured_to_take_corrects_what_is_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def option_ms(model: LatencyModel, op: Op, config: OpConfig) -> float:
+        return (0.25 if config.is_float else 0.1) * model.baseline.latency_ms
+
+    def plan_costs(prepared: Prepared, plan: Plan, measures: bool = True) -> dict[str, float]:
+        costs = prepared.costs.costs(plan).to_dict()
+        if not measures:
+            return costs
+        assert prepared.latency is not None
+        convs = sum(name.startswith("conv") for name in plan.quantized)
+        layers = sum(name.startswith("fc") for name in plan.quantized)
+        took = (1 - 0.15 * convs + 0.1 * layers) * prepared.latency.baseline.latency_ms
+        return costs | MeasuredLatency(took, took, took).to_costs()
+
+    monkeypatch.setattr(LatencyModel, "option_ms", option_ms)
+    monkeypatch.setattr(Prepared, "plan_costs", plan_costs)
+    config = TuningConfig(objective="latency", target="onnxruntime", max_trials=12)
+    torch.manual_seed(0)
+    found = quantization.fit(Deep().eval(), [X], lambda model: 1.0, config)
+    assert set(found.plan.quantized) == {"conv1", "conv2"}
+    assert found.result.evaluations < 12
 
 
 def test_a_plan_that_misses_the_goal_is_not_measured_until_it_meets_one(tmp_path: Path) -> None:
