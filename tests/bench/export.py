@@ -5,7 +5,6 @@ MobileNetV2 have random weights: in int8 they are quantized by calibration alone
 their logits may be 2 % off FP32's. MiniLM is timed on sequences of 128 tokens.
 """
 
-import argparse
 import os
 import tempfile
 import warnings
@@ -18,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import machine
 import tables
 import torch
-from export_models import RANDOM
+from export_models import RANDOM, arguments_of
 from models import MODELS
 from ordinary import ordinary_latency
 from torch import Tensor, nn
@@ -116,13 +115,7 @@ def row(name: str, space: str, target: str, trials: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what the arguments ask for, and write the table."""
-    names = (*RANDOM, *MODELS)
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=names, default=names)
-    parser.add_argument("--targets", nargs="+", default=["onnxruntime", "openvino", "torch"])
-    parser.add_argument("--space", default="int8")
-    parser.add_argument("--trials", type=int, default=_TRIALS, help="at most, for each tuning")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, MODELS, _TRIALS)
     warnings.simplefilter("ignore", NothingQuantizedWarning)
     for name in arguments.models:
         for target in arguments.targets:

@@ -1,6 +1,7 @@
 """Models of the sizes that people deploy, randomly initialised: for times and sizes of exports."""
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -133,3 +134,14 @@ def _normalized(model: nn.Module) -> nn.Module:
 
 RANDOM: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "mobilenet-v2": mobilenet_v2}
 """The models by name."""
+
+
+def arguments_of(description: str | None, models: Iterable[str], trials: int) -> argparse.Namespace:
+    """Return what the command line asks for: models, targets, a space, trials."""
+    names = (*RANDOM, *models)
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--targets", nargs="+", default=["onnxruntime", "openvino", "torch"])
+    parser.add_argument("--space", default="int8")
+    parser.add_argument("--trials", type=int, default=trials, help="at most, for each tuning")
+    return parser.parse_args()

@@ -5,7 +5,6 @@ has random weights and is quantized by calibration alone. What comes back is exp
 the export at batch 1: that is the check from outside.
 """
 
-import argparse
 import os
 import tempfile
 import time
@@ -23,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import machine
 import tables
 import torch
-from export_models import RANDOM
+from export_models import RANDOM, arguments_of
 from models import MODELS
 from scipy.stats import spearmanr
 
@@ -167,13 +166,7 @@ def _exported(model: QuantizedModel, target: str) -> dict[str, Any] | None:
 
 def main() -> None:
     """Measure what the arguments ask for, and write the table."""
-    names = (*RANDOM, *MODELS)
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=names, default=names)
-    parser.add_argument("--targets", nargs="+", default=["onnxruntime", "openvino", "torch"])
-    parser.add_argument("--space", default="int8")
-    parser.add_argument("--trials", type=int, default=_TRIALS, help="at most, for each tuning")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, MODELS, _TRIALS)
     for name in arguments.models:
         for target in arguments.targets:
             with tempfile.TemporaryDirectory() as folder, fresh_caches(Path(folder)):
