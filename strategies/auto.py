@@ -94,18 +94,18 @@ class _Finder:
 
     def find(self, history: History, reach: float) -> Guess | None:
         """Return the best new guess whose saving is at most `reach`; None if none is worth it."""
-        costed = corrected(self._predicted, history.outcomes, self._seed)
-        spaces = [s for s in costed if _ceiling(s, history) > s.cost(cheapest(s))]
-        if not spaces:
+        spaces = corrected(self._predicted, history.outcomes, self._seed)
+        ceilings = ((space, _ceiling(space, history)) for space in spaces)
+        open_spaces = [(s, ceiling) for s, ceiling in ceilings if ceiling > s.cost(cheapest(s))]
+        if not open_spaces:
             return None
         beliefs = self._posterior.learn(observe(history.outcomes))
-        found = (self._found(space, beliefs, history, reach) for space in spaces)
+        climbs = (Climb(table_of(s), beliefs, ceiling, reach) for s, ceiling in open_spaces)
+        found = (self._found(climb, history) for climb in climbs)
         return next(filter(None, found), None)
 
-    def _found(
-        self, space: Space, beliefs: Beliefs, history: History, reach: float
-    ) -> Guess | None:
-        climb = Climb(table_of(space), beliefs, _ceiling(space, history), reach)
+    def _found(self, climb: "Climb", history: History) -> Guess | None:
+        """Return the best new guess that a climb reaches; None if none is worth it."""
         starts = self._starts(climb, history)
         tops = [*(climb.up(plan) for plan in starts), *starts]
         worth = 0.0 if history.best is None else _LEAST_SAVING
