@@ -223,13 +223,17 @@ def test_block_formats(name: str, shape: tuple[int, ...], dtype: torch.dtype) ->
     assert_same(native, torch_only)
 
 
-@pytest.mark.parametrize("shape", [(3, 1093), (33, 544), (2, 40_000)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 1093), (33, 544), (2, 40_000), (9000, 1), (3000, 7), (2100, 8), (40, 31), (4, 0)],
+)
 @pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp4", "mxint8"])
 def test_many_mx_blocks_of_all_magnitudes(name: str, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-60, 60, (shape[0], -(-shape[1] // 32)), generator=generator)
     scales = torch.exp2(exponents.float()).repeat_interleave(32, -1)[:, : shape[1]]
     x = torch.randn(shape, generator=generator) * scales
+    x[1, -1:] = torch.nan
     native, torch_only = both_paths(lambda: fake_quantize(x, TensorScheme(format=name)))
     assert_same(native, torch_only)
 

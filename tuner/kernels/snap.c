@@ -303,15 +303,16 @@ ALWAYS_INLINE void snap_blocks_##SUFFIX(const T *x, T *y, int64_t n, int64_t siz
 void snap_mx_##SUFFIX(const T *x, T *y, int64_t rows, int64_t n, const mx_t *mx,                   \
                       const codec_t *c) {                                                          \
     const int64_t total = rows * n;                                                                \
-    const int64_t length = n % mx->size ? n : BLOCKS * mx->size; /* whole blocks know no rows */   \
+    const int64_t size = n && n < mx->size ? n : mx->size; /* a shorter row is one whole block */  \
+    const int64_t length = n % size ? n : BLOCKS * size;   /* whole blocks know no rows */         \
     PARALLEL_FOR(total)                                                                            \
     for (int64_t from = 0; from < total; from += length) {                                         \
         const int64_t count = from + length < total ? length : total - from;                       \
         const codec_t plain = plain_of(c);                                                         \
         /* what is mostly asked for, as constants: much falls away */                              \
-        if (mx->rounding == FLOOR && mx->size == 32)                                               \
+        if (mx->rounding == FLOOR && size == 32)                                                   \
             snap_blocks_##SUFFIX(x + from, y + from, count, 32, mx, FLOOR, &plain);                \
-        else snap_blocks_##SUFFIX(x + from, y + from, count, mx->size, mx, mx->rounding, &plain);  \
+        else snap_blocks_##SUFFIX(x + from, y + from, count, size, mx, mx->rounding, &plain);      \
     }                                                                                              \
 }
 
