@@ -32,6 +32,7 @@ from server.patience import patiently
 from server.settings import Settings
 from server.states import State
 from tuner import quantization
+from tuner.allocator import keep_freed_memory
 from tuner.config import TuningConfig
 from tuner.errors import StudyMismatchError, TuningCancelled
 from tuner.progress import Progress
@@ -293,6 +294,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may inherit another
     _die_with(errand.worker_pid)
     faulthandler.enable()
+    keep_freed_memory()
     settings = Settings()
     logs.setup(settings.log_json)
     with bind(job_id=errand.claim.job_id):

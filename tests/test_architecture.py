@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 # Inside `tuner`, a module imports only from its own line or a line above.
 ORDER = (
-    ("errors", "version", "subclasses", "saved_files"),
+    ("errors", "version", "subclasses", "saved_files", "allocator"),
     ("float_layout",),
     (
         "formats",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tuner import recipes
+from tuner.allocator import keep_freed_memory
 from tuner.cli_export import bench, export
 from tuner.cli_tasks import parts_of, task_of
 from tuner.config import SearchSpace, TuningConfig
@@ -275,6 +276,7 @@ def run() -> None:
     """Run the command line; errors of the tuner are shown without a traceback."""
     for point in entry_points(group="tuner.commands"):
         app.add_typer(point.load())  # with a name of its own it is a group, without one it is not
+    keep_freed_memory()
     try:
         app()
     except (TunerError, ValidationError) as error:
