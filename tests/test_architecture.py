@@ -53,7 +53,7 @@ ORDER = (
     ("prices", "tuning_units"),
     ("op_rules", "search_space", "rescaling"),
     ("report", "results", "progress", "storage"),
-    ("placement",),
+    ("placement", "narrow_sums"),
     (
         "op_table",
         "nothing_quantized",

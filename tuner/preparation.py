@@ -21,6 +21,7 @@ from tuner.exporters.targets import exporter
 from tuner.graph import OpGraph
 from tuner.latency import LatencyModel, circumstances, latency_model
 from tuner.model import InstrumentedModel
+from tuner.narrow_sums import within_sums
 from tuner.observe import CalibratedRanges, Watcher
 from tuner.op_table import Damages
 from tuner.operands import OUTPUT, Operands, check_operands, static_operands
@@ -233,6 +234,9 @@ class Preparation:
         if self._exporter is None or target is None:
             return found
         found = runnable(ops, found, self._exporter.why_not, target)
+        if self._exporter.saturates:
+            is_exact_at_a_cost = self._exporter.is_exact_at_a_cost
+            found = within_sums(ops, found, self._shapes(), target, is_exact_at_a_cost)
         rounding = self._exporter.rounds_biases
         found = with_integer_biases(ops, found, rounding, self._own_biases())
         sums = residual_sums(self._data.graph) if self._exporter.reads_sums else {}

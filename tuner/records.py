@@ -150,9 +150,9 @@ class OpSummary:
 def describe_config(config: OpConfig) -> str:
     """Return a short label of an op's formats: W4A8, W8, A8, A8/A4 (inputs that differ), FP32.
 
-    Integers are named by their width alone; others by width and name, with a space between the
-    operands: "W4:mxfp4 A8:mxfp8_e4m3". An output scheme adds O8 and a bias scheme B32; an input
-    left in float counts as A32.
+    Integers are named by their width alone, which `reduce_range` makes one less; others by width
+    and name, with a space between the operands: "W4:mxfp4 A8:mxfp8_e4m3". An output scheme adds O8
+    and a bias scheme B32; an input left in float counts as A32.
     """
     parts = [_spelled("W", config.weight), _describe_inputs(config)]
     parts += [_spelled("O", config.output), _spelled("B", config.bias)]
@@ -173,7 +173,8 @@ def _spelled(operand: str, scheme: TensorScheme | None) -> str:
         return ""
     fmt = formats.get(scheme.format)
     is_plain = fmt.kind == "int" and fmt.block is None
-    return f"{operand}{fmt.bits}" if is_plain else f"{operand}{fmt.bits}:{fmt.name}"
+    width = f"{operand}{fmt.bits - scheme.reduce_range}"
+    return width if is_plain else f"{width}:{fmt.name}"
 
 
 def storable(text: str) -> str:

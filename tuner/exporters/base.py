@@ -37,10 +37,11 @@ class Exporter(ABC):
     """One deployment target. `target` is its name.
 
     `suffix` is how the path of its file ends; a path that ends otherwise is a folder for its files.
-    `reads_sums` tells whether its integer convolutions want residual sums with quantized inputs,
-    `adds_before_rounding` whether one of them adds to its own output before that is rounded, and
-    `rounds_biases` names the ops that count biases in steps of input scale × weight scale, as
-    "Conv" for those of any number of axes.
+    `is_exact_at_a_cost` tells whether slower kernels take over where those that `saturates` speaks
+    of would overflow. `reads_sums` tells whether its integer convolutions want residual sums with
+    quantized inputs, `adds_before_rounding` whether one of them adds to its own output before that
+    is rounded, and `rounds_biases` names the ops that count biases in steps of input scale × weight
+    scale, as "Conv" for those of any number of axes.
     """
 
     target: str
@@ -48,10 +49,19 @@ class Exporter(ABC):
     reads_sums = False
     adds_before_rounding = False
     rounds_biases: tuple[str, ...] = ()
+    is_exact_at_a_cost = False
 
     @abstractmethod
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why the target has no low-precision kernel for an op's choice, None if it has."""
+
+    @property
+    def saturates(self) -> bool:
+        """Whether sums of products of 8-bit codes overflow in its kernels on this CPU.
+
+        Weights of 7 bits are then what it is exact with.
+        """
+        return False
 
     def check(self, traced: Traced) -> None:
         """Raise ExportError where the target cannot run a model at all: it is traced in FP32."""

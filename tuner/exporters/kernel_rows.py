@@ -61,7 +61,7 @@ def codes(op: Op, index: int, scheme: TensorScheme | None) -> str | None:
     """Ask for integers of at most 8 bits with one static scale."""
     if scheme is None:
         return f"integer kernels need {_named(index)} quantized"
-    if not _is_narrow(scheme):
+    if not is_narrow(scheme):
         return f"integer kernels take 8 bits at most, not {scheme.format}"
     if scheme.is_dynamic:
         return f"integer kernels need a static scale of {_named(index)}"
@@ -79,7 +79,7 @@ def columns(op: Op, index: int, scheme: TensorScheme | None) -> str | None:
     """Ask for a weight of integers with one scale, or one for each output channel."""
     if scheme is None:
         return "integer kernels need a quantized weight"
-    if not _is_narrow(scheme):
+    if not is_narrow(scheme):
         return f"integer kernels take weights of 8 bits at most, not {scheme.format}"
     reach = scheme.granularity
     if isinstance(reach, PerTensor) or (
@@ -115,7 +115,7 @@ def rows_of_a_table(op: Op, index: int, scheme: TensorScheme | None) -> str | No
     """Ask for integers that rows can be looked up in: scales by row, or by groups in it."""
     if scheme is None:
         return "its table is float"
-    if not _is_narrow(scheme):
+    if not is_narrow(scheme):
         return f"tables are held in 8 bits at most, not in {scheme.format}"
     reach = scheme.granularity
     if isinstance(reach, PerGroup) and reach.axis % 2 == 0:
@@ -133,7 +133,7 @@ def groups_from(least: int, most: int | None, powers_of_two: bool) -> Check:
         reach, shape = scheme.granularity, op.input_shapes[0] if op.input_shapes else ()
         length = shape[-1] if shape else reach.size
         is_of_columns = not _is_channel_axis(op, reach.axis)
-        if not _is_narrow(scheme) or not is_of_columns:
+        if not is_narrow(scheme) or not is_of_columns:
             return "weight-only kernels take integers in groups along the input channels"
         if reach.size >= length:
             return None
@@ -146,7 +146,8 @@ def groups_from(least: int, most: int | None, powers_of_two: bool) -> Check:
     return check
 
 
-def _is_narrow(scheme: TensorScheme) -> bool:
+def is_narrow(scheme: TensorScheme) -> bool:
+    """Return whether a scheme is one of integers that kernels hold as codes of 8 bits."""
     fmt = formats.get(scheme.format)
     return fmt.kind == "int" and fmt.bits <= 8 and fmt.block is None and fmt.forward is None
 

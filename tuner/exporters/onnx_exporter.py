@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,9 +21,11 @@ from tuner.exporters.onnx_graph import QdqGraph, float_graph, qdq_graph
 from tuner.exporters.onnx_kernels import why_not_in_onnx_runtime
 from tuner.exporters.onnx_layers import layer_agreement
 from tuner.exporters.onnx_runtime import SETTINGS, OnnxRuntimeSession, optimized_graph
+from tuner.exporters.onnx_saturation import make_exact, overflowing, saturates
 from tuner.exporters.onnx_weights import why_not_stored
 from tuner.exporters.probes import apart
 from tuner.exporters.report import ExportReport, LayerAgreement, LeftFloat
+from tuner.exporters.saturation import advice, warning
 from tuner.exporters.staging import file_of
 from tuner.exporters.timing import latencies
 from tuner.exporters.tracing import Traced
@@ -55,8 +57,19 @@ class OnnxExporter(Exporter):
         check_float(traced, OnnxRuntimeSession)
 
     def export(self, request: ExportRequest) -> ExportReport:
-        """Write the file, check it layer by layer and as a whole, and time it beside FP32."""
-        return written(spelled(request), request, self.target, OnnxRuntimeSession)
+        """Write the file, check it layer by layer and as a whole, and time it beside FP32.
+
+        Where integer kernels would overflow on this CPU, it is checked without them.
+        """
+        found = spelled(request)
+        count = overflowing(found.model, found.graph)
+        unfused = partial(OnnxRuntimeSession, optimized=False) if count and _saturates() else None
+        report = written(found, request, self.target, OnnxRuntimeSession, check=unfused)
+        if not count:
+            return report
+        told = f"Checked without integer kernels: for {count} weights {advice('onnxruntime')}"
+        note = warning(count) if unfused is None else told
+        return replace(report, notes=(*report.notes, note))
 
 
 class OnnxRuntimeExporter(OnnxExporter):
@@ -64,10 +77,16 @@ class OnnxRuntimeExporter(OnnxExporter):
 
     target = "onnxruntime"
     rounds_biases = ("Conv",)
+    is_exact_at_a_cost = True
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why ONNX Runtime has no low-precision kernel for a choice, None if it has."""
         return why_not_in_onnx_runtime(op, config)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether its kernels for signed weights overflow on this CPU."""
+        return _saturates()
 
     @property
     def runtime(self) -> str:
@@ -77,7 +96,10 @@ class OnnxRuntimeExporter(OnnxExporter):
     def compiled(self, traced: Traced, batch: int = 1, on_codes: bool = False) -> Call:
         """Return a call that runs a traced model on its example, with codes where it is told so."""
         prepared = hoisted(traced)
-        model = to_onnx(qdq_graph(prepared, quick=True).module, prepared)
+        graph = qdq_graph(prepared, quick=True)
+        model = to_onnx(graph.module, prepared)
+        if self.saturates:
+            make_exact(model, graph)
         if on_codes:
             model = without_ends(model)
         session = model.load(OnnxRuntimeSession)
@@ -87,11 +109,23 @@ class OnnxRuntimeExporter(OnnxExporter):
     def export(self, request: ExportRequest) -> ExportReport:
         """Do what the onnx target does, and tell what ONNX Runtime computes in float."""
         found = spelled(request, quick=True)
+        if self.saturates:
+            count = len(make_exact(found.model, found.graph))
+        else:
+            count = overflowing(found.model, found.graph)
         report = written(found, request, self.target, OnnxRuntimeSession)
         left = _in_float(optimized_graph(report.files[0]), request, found.graph)
         told = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
         notes = (*report.notes, f"Checked and timed with session options {told}: take them, too")
+        if count:
+            slower = f"Up to {count} weights have slower kernels, as {advice(self.target)}"
+            notes = (*notes, slower if self.saturates else warning(count))
         return replace(report, left_float=merged(report.left_float, left), notes=notes)
+
+
+@cache
+def _saturates() -> bool:
+    return saturates(OnnxRuntimeSession)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,30 +158,31 @@ def written(
     target: str,
     load: Callable[[Path | bytes], Session],
     baselines: Mapping[str, Run] | None = None,
+    check: Callable[[Path | bytes], Session] | None = None,
 ) -> ExportReport:
     """Write the file that a runtime loads, once it agrees layer by layer; check and time it.
 
-    `baselines` are timed beside it, as FP32 in the same runtime is.
+    `baselines` are timed beside it, as FP32 in the same runtime is. `check` loads what is compared
+    with the simulation, where that is not what is timed.
     """
-
-    def run_of(model: OnnxModel) -> Run:
-        return model.load(load).run
-
     traced = found.traced
-    layers = layer_agreement(found.model, found.graph.pairs, traced, run_of)
+    checks = check or load
+    layers = layer_agreement(found.model, found.graph.pairs, traced, lambda m: m.load(checks).run)
     _refuse_apart(layers)
     files = found.model.save(file_of(request.path, SUFFIX))
     session = load(files[0])
+    checked = session if check is None else check(files[0])
+    plain = found.reference.load(load).run
     return ExportReport(
         target=target,
         files=files,
         size_bytes=sum(path.stat().st_size for path in files),
         float_size_bytes=found.reference.size_bytes,
-        agreement=agreement(traced, session.run),
+        agreement=agreement(traced, checked.run),
         layers=layers,
-        latency=latencies(traced, session.run, run_of(found.reference), request.batches, baselines),
+        latency=latencies(traced, session.run, plain, request.batches, baselines),
         left_float=found.graph.left_float,
-        metric=None if request.evaluate is None else request.evaluate(session.run),
+        metric=None if request.evaluate is None else request.evaluate(checked.run),
     )
 
 
@@ -174,8 +209,8 @@ def _refuse_apart(layers: Iterable[LayerAgreement]) -> None:
                 f"{layer.name} is {layer.max_steps:.0f} quantization steps from the simulation "
                 f"({layer.equal:.2%} of its codes are equal): nothing was written. Either the "
                 "runtime has no exact kernel for what comes before it: leave that float, or choose "
-                "another format. Or this CPU's kernels saturate where they add products of 8 bits: "
-                "tune with reduce_range=True on the inputs"
+                "another format. Or, on a CPU without VNNI, products of 8 bits overflow: give the "
+                "weights reduce_range=True"
             )
 
 

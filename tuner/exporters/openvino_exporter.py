@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 
 import onnx_ir as ir
@@ -17,18 +17,19 @@ from tuner.exporters.onnx_exporter import SUFFIX, Spelled, check_float, merged, 
 from tuner.exporters.onnx_file import to_onnx
 from tuner.exporters.onnx_graph import float_graph, qdq_graph
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
+from tuner.exporters.onnx_saturation import PASSED, make_exact, overflowing, saturates
 from tuner.exporters.openvino_graph import fusible
 from tuner.exporters.openvino_kernels import better_in_float, why_not_in_openvino
 from tuner.exporters.openvino_runtime import SETTINGS, Kernel, OpenVinoSession
 from tuner.exporters.probes import named
 from tuner.exporters.report import ExportReport, LeftFloat
+from tuner.exporters.saturation import advice, products_overflow, warning
 from tuner.exporters.tracing import Traced
 from tuner.ops import Op
 from tuner.schemes import OpConfig
 
 _LINEAR = torch.ops.aten.linear.default
 _TOLD = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
-_PASSED = ("Unsqueeze", "Squeeze", "Transpose", "Reshape", "Slice", "Clip", "Pad")
 
 
 class OpenVinoExporter(Exporter):
@@ -50,6 +51,11 @@ class OpenVinoExporter(Exporter):
             raise ExportError(why)
 
     @property
+    def saturates(self) -> bool:
+        """Whether its integer kernels overflow on this CPU."""
+        return _saturates()
+
+    @property
     def runtime(self) -> str:
         """OpenVINO and its version."""
         return f"openvino-{version('openvino')}"
@@ -57,7 +63,11 @@ class OpenVinoExporter(Exporter):
     def compiled(self, traced: Traced, batch: int = 1, on_codes: bool = False) -> Call:
         """Return a call that runs a traced model on its example, with codes where it is told so."""
         prepared = hoisted(traced)
-        model = fusible(to_onnx(qdq_graph(prepared, clips_values=True).module, prepared))
+        graph = qdq_graph(prepared, clips_values=True)
+        model = to_onnx(graph.module, prepared)
+        if self.saturates:
+            make_exact(model, graph)
+        model = fusible(model)
         if on_codes:
             model = without_ends(model)
         session = model.load(OpenVinoSession)
@@ -65,18 +75,26 @@ class OpenVinoExporter(Exporter):
 
     def export(self, request: ExportRequest) -> ExportReport:
         """Write the file, check it in OpenVINO layer by layer and as a whole, and time it."""
-        found = _spelled(request)
+        if self.saturates:
+            _refuse_products(request)
+        found, count, floats = _spelled(request, self.saturates)
         baselines = _baselines(found.traced) if request.batches else {}
         report = written(found, request, self.target, OpenVinoSession, baselines)
         session = OpenVinoSession(report.files[0])
         session.run(found.traced.example.tensors)
-        left = _in_float(session, found, request)
+        left = merged(floats, _in_float(session, found, request))
         notes = (
             *report.notes,
             *_better_in_float(request),
             f"Checked and timed with {_TOLD}: give them to compile_model, too",
+            *([warning(count)] if count else []),
         )
         return replace(report, left_float=merged(report.left_float, left), notes=notes)
+
+
+@cache
+def _saturates() -> bool:
+    return saturates(OpenVinoSession)
 
 
 def _misread(traced: Traced) -> Iterator[str]:
@@ -106,10 +124,34 @@ def _better_in_float(request: ExportRequest) -> Iterator[str]:
     yield from (f"{why} ({len(names)} ops)" for why, names in reasons.items())
 
 
-def _spelled(request: ExportRequest) -> Spelled:
-    """Return a model and its FP32 counterpart, both as OpenVINO fuses them."""
+def _refuse_products(request: ExportRequest) -> None:
+    """Raise ExportError for products of two activations whose sums overflow."""
+    for name, op in request.ops.items():
+        config = request.plan.get(name)
+        if config is None or op.weights or op.type not in ("matmul", "bmm"):
+            continue
+        first, second = (config.input_scheme(index) for index in op.activations)
+        if first is None or second is None or second.quant_range[0] >= 0:
+            continue
+        if products_overflow(first, second):
+            raise ExportError(
+                f"{name} ({op.type}): OpenVINO adds products of 8-bit codes in 16 bits on this "
+                "CPU, where those of two activations overflow: give input 1 reduce_range=True"
+            )
+
+
+def _spelled(request: ExportRequest, saturates: bool) -> tuple[Spelled, int, list[LeftFloat]]:
+    """Return a model and its FP32 counterpart, both as OpenVINO fuses them.
+
+    Return as well how many of its weights overflow on other CPUs, and which are float on this one.
+    """
     found = spelled(request, clips_values=True)
-    return replace(found, model=fusible(found.model), reference=fusible(found.reference))
+    changed = make_exact(found.model, found.graph) if saturates else ()
+    count = 0 if saturates else overflowing(found.model, found.graph)
+    ops = (", ".join(found.graph.ops_of(scale)) for scale in changed)
+    floats = [LeftFloat(names, advice(OpenVinoExporter.target)) for names in ops]
+    fused = replace(found, model=fusible(found.model), reference=fusible(found.reference))
+    return fused, count, floats
 
 
 def _baselines(traced: Traced) -> dict[str, Run]:
@@ -173,7 +215,7 @@ def _names(product: ir.Node) -> Iterator[str]:
 def _scale_behind(value: ir.Value) -> str | None:
     """Return the name of the scale of what is dequantized to a value, moved about or not."""
     node = value.producer()
-    while node is not None and node.op_type in _PASSED and node.inputs[0] is not None:
+    while node is not None and node.op_type in PASSED and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[1] is None:
         return None

@@ -5,7 +5,9 @@ values in FP32. `with_integer_kernels` puts oneDNN's kernels in the place of the
 weights packed once: faster than FP32, if less so than compiled code, which fuses what lies between.
 """
 
+import platform
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,26 @@ from tuner.exporters.agreement import Run
 from tuner.exporters.torch_spelling import Speller, aten, copied, decomposed
 
 _onednn = torch.ops.onednn
+_CHANNELS = 64
 _PLAIN: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+
+
+@cache
+def saturates() -> bool:
+    """Return whether sums of the largest products of 8-bit codes overflow in oneDNN's kernels.
+
+    They do on x86 processors without VNNI, where two products are added in 16 bits (oneDNN
+    developer guide, "Nuances of int8 computations").
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    ones = torch.ones(_CHANNELS)
+    codes = torch.full((_CHANNELS, _CHANNELS), 127, dtype=torch.int8)
+    x = torch.full((1, _CHANNELS), 255, dtype=torch.uint8)
+    packed = _onednn.qlinear_prepack(codes, None)
+    zeros = torch.zeros(_CHANNELS, dtype=torch.int64)
+    found = _onednn.qlinear_pointwise.default(x, 1.0, 0, packed, ones, zeros, None, *_PLAIN)
+    return bool(found.min() < 0.99 * 255 * 127 * _CHANNELS)
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:

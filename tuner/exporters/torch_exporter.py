@@ -18,11 +18,12 @@ from tuner.exporters.agreement import Run, agreement
 from tuner.exporters.base import Call, Exporter, ExportRequest
 from tuner.exporters.batch_sizes import check_batch
 from tuner.exporters.report import ExportReport, Latency, LeftFloat
+from tuner.exporters.saturation import advice
 from tuner.exporters.staging import CannotWriteError, file_of, writing
 from tuner.exporters.timing import latencies
 from tuner.exporters.torch_capability import why_not_integer
-from tuner.exporters.torch_eager import load_program, save_program
-from tuner.exporters.torch_graph import integer_products, spelled_graph
+from tuner.exporters.torch_eager import load_program, saturates, save_program
+from tuner.exporters.torch_graph import integer_products, overflowing, spelled_graph
 from tuner.exporters.torch_latency import compiled_baselines, eager, one_thread
 from tuner.exporters.torch_layers import layer_agreement
 from tuner.exporters.torch_package import (
@@ -62,6 +63,11 @@ class TorchExporter(Exporter):
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why the target has no low-precision kernel for an op's choice, None if it has."""
         return why_not_integer(op, config)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether oneDNN's integer kernels overflow on this CPU."""
+        return saturates()
 
     @property
     def runtime(self) -> str:
@@ -124,10 +130,14 @@ class TorchExporter(Exporter):
         return latencies(traced, run, eager(traced), batches, baselines)
 
     def _left_float(self, request: ExportRequest) -> Iterator[LeftFloat]:
+        in_float = overflowing(request.traced)
         for name, op in request.ops.items():
             if not op.by_default or not (op.weights or op.products):
                 continue
-            reason = self.why_not(op, request.plan.get(name, OpConfig.float()))
+            config = request.plan.get(name, OpConfig.float())
+            reason = self.why_not(op, config)
+            if reason is None and config.inputs is not None and name in in_float:
+                reason = advice(self.target)
             if reason is not None:
                 yield LeftFloat(name, reason)
 

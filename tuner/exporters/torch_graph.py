@@ -5,10 +5,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
+from tuner.exporters.saturation import LARGEST, is_depthwise
+from tuner.exporters.torch_eager import saturates
 from tuner.exporters.torch_fusion import flatten_layers
 from tuner.exporters.torch_joining import join_layers
 from tuner.exporters.torch_spelling import SpelledMarker, Speller, aten, copied, decomposed
-from tuner.exporters.torch_values import int8_weight, static_codes, why_not_per_token
+from tuner.exporters.torch_values import (
+    Int8Weight,
+    int8_weight,
+    static_codes,
+    why_not_per_token,
+)
 from tuner.exporters.tracing import Traced, TracedWeight, is_marker
 from tuner.quantizer import Quantizer
 
@@ -31,6 +38,12 @@ PRODUCTS = (
     aten.scaled_dot_product_attention.default,
 )
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
+_TURNING = (
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.numpy_T.default,
+)
 _TAKES_TOKENS = (aten.linear.default, aten.matmul.default)
 
 
@@ -56,7 +69,7 @@ def spelled_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
     weights: set[fx.Node] = set()
     for index, weight in enumerate(traced.weights):
         nodes = [by_name[name] for name in weight.nodes]
-        weights.update(_spell_weight(module, f"weight_{index}", weight, nodes))
+        weights.update(_spell_weight(module, f"weight_{index}", weight, nodes, traced))
     for node in _markers(module):
         _spell_activation(module, node, traced.quantizers[str(node.args[1])], weights)
     for node in list(module.graph.nodes):
@@ -87,6 +100,20 @@ def integer_products(module: fx.GraphModule) -> int:
     return sum(_is_integer(node) for node in module.graph.nodes)
 
 
+def overflowing(traced: Traced) -> set[str]:
+    """Return the ops that are computed in float, as integer kernels of this CPU would overflow."""
+    found: set[str] = set()
+    if not saturates():
+        return found
+    by_name = {node.name: node for node in traced.module.graph.nodes}
+    for weight in traced.weights:
+        codes = int8_weight(weight)
+        users = (user for name in weight.nodes for user in by_name[name].users)
+        if codes is not None and any(_would_overflow(user, codes, traced) for user in users):
+            found.update(weight.ops)
+    return found
+
+
 def _reads_marker(user: fx.Node) -> bool:
     """Whether a weight's user is a product with quantized activations: a kernel's, of int8."""
     return any(is_marker(operand) for operand in user.all_input_nodes)
@@ -97,7 +124,7 @@ def _markers(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _spell_weight(
-    module: fx.GraphModule, name: str, weight: TracedWeight, nodes: list[fx.Node]
+    module: fx.GraphModule, name: str, weight: TracedWeight, nodes: list[fx.Node], traced: Traced
 ) -> Iterator[fx.Node]:
     """Put int8 codes in a weight's place at each of its uses; yield those that kernels can take."""
     codes = int8_weight(weight)
@@ -115,10 +142,29 @@ def _spell_weight(
             look_up = speller.packed_rows if halves else speller.rows
             user.replace_all_uses_with(look_up(name, constant, codes, user))
             continue
-        value = (speller.unpacked if halves else speller.weight)(name, constant, codes)
+        if halves:
+            user.replace_input_with(node, speller.unpacked(name, constant, codes))
+            continue
+        in_float = _would_overflow(user, codes, traced)
+        value = speller.weight(name, constant, codes, in_float)
         user.replace_input_with(node, value)
-        if codes.groups == 1 and not halves:
+        if codes.groups == 1 and not in_float:
             yield value
+
+
+def _would_overflow(product: fx.Node, weight: Int8Weight, traced: Traced) -> bool:
+    """Whether integer kernels of this CPU overflow in a product, which is float therefore."""
+    if product.target in _TURNING:
+        return any(_would_overflow(user, weight, traced) for user in product.users)
+    markers = [operand for operand in product.all_input_nodes if is_marker(operand)]
+    shape = weight.codes.shape
+    groups = product.args[6] if len(shape) > 2 and len(product.args) > 6 else 1
+    assert isinstance(groups, int)
+    if not markers or is_depthwise(shape, shape[1] * groups):
+        return False
+    codes = static_codes(traced.quantizers[str(markers[0].args[1])])
+    largest = LARGEST if codes is None else codes.high
+    return weight.overflows(largest) and saturates()
 
 
 def _spell_activation(

@@ -84,16 +84,25 @@ class Speller:
         quantized.meta[SPELLED] = marker
         return self.call(decomposed.dequantize_per_tensor.default, quantized, *scaled, *_UINT8)
 
-    def weight(self, name: str, codes: fx.Node, weight: Int8Weight) -> fx.Node:
-        """Dequantize int8 codes, in the shape of the weight."""
+    def weight(
+        self, name: str, codes: fx.Node, weight: Int8Weight, in_float: bool = False
+    ) -> fx.Node:
+        """Dequantize int8 codes, in the shape of the weight.
+
+        With `in_float` the values are doubled halves: the compiler makes no integer kernel of them.
+        """
         shape = list(weight.codes.shape)
         if weight.groups > 1:
             codes = self.call(aten.view.default, codes, [-1, shape[1] // weight.groups])
         # a scale of its own for each use: one node with two users would have no kernel
-        scale = self.constant(f"{name}_scale", weight.scale.clone())
+        scale = self.constant(
+            f"{name}_scale", weight.scale / 2 if in_float else weight.scale.clone()
+        )
         zeros = torch.zeros(len(weight.scale), dtype=torch.int64)
         zero = self.constant(f"{name}_zero_point", zeros)
         values = self.call(decomposed.dequantize_per_channel.default, codes, scale, zero, 0, *_INT8)
+        if in_float:
+            values = self.call(aten.mul.Tensor, values, 2.0)
         if weight.groups > 1:
             return self.call(aten.view.default, values, shape)
         return self.call(aten.t.default, values) if weight.is_transposed else values

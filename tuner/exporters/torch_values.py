@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tuner import formats
+from tuner.exporters.saturation import SHIFT, overflow
 from tuner.exporters.tracing import TracedWeight
 from tuner.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from tuner.packed_tensor import stored_qparams
@@ -19,7 +20,6 @@ from tuner.quantizer import Quantizer
 from tuner.ranges import symmetric_zero_point
 from tuner.schemes import TensorScheme
 
-_SHIFT = 128
 _HALF = 8
 _BITS = 4
 
@@ -41,6 +41,10 @@ class Int8Weight:
     def fits_four_bits(self) -> bool:
         """Whether two codes fit into a byte."""
         return bool(self.codes.amin() >= -_HALF and self.codes.amax() < _HALF)
+
+    def overflows(self, activation: int) -> bool:
+        """Return whether two products with codes up to another are too large for 16 bits."""
+        return overflow(int(self.codes.amin()), int(self.codes.amax()), activation)
 
     def packed(self) -> Tensor:
         """Return two rows of codes in one of bytes, uint8 `[rows / 2, columns]`.
@@ -85,7 +89,7 @@ def why_no_int8(scheme: TensorScheme) -> str | None:
         return "weights with a zero point have no integer kernel: their values stay float"
     low, high = scheme.quant_range
     zero = symmetric_zero_point(scheme)
-    if low - zero < -_SHIFT or high - zero >= _SHIFT:
+    if low - zero < -SHIFT or high - zero >= SHIFT:
         return f"codes from {low} to {high} around {zero} do not fit int8"
     return None
 
@@ -153,7 +157,7 @@ def static_codes(quantizer: Quantizer) -> StaticCodes | None:
     scheme, qparams = quantizer.scheme, quantizer.qparams
     if why_not_static(scheme) is not None or qparams is None:
         return None
-    shift = _SHIFT if formats.get(scheme.format).signed else 0
+    shift = SHIFT if formats.get(scheme.format).signed else 0
     low, high = scheme.quant_range
     zero = 0 if qparams.zero_point is None else int(torch.as_tensor(qparams.zero_point))
     scale = float(torch.as_tensor(qparams.scale))

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from onnx import TensorProto
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ from tuner.exporters.onnx_file import OnnxModel, to_onnx
 from tuner.exporters.onnx_graph import QdqGraph, qdq_graph
 from tuner.exporters.onnx_layers import layer_agreement
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession, optimized_graph
+from tuner.exporters.onnx_saturation import make_exact
 from tuner.exporters.report import LayerAgreement
+from tuner.exporters.targets import exporter
 from tuner.exporters.tracing import Traced, trace
 from tuner.granularity import Granularity
 from tuner.quantized_model import QuantizedModel
@@ -40,7 +43,9 @@ def scheme(fmt: str, reach: Granularity | None = None, **options: Any) -> Tensor
     return TensorScheme(format=fmt, granularity=reach or PerTensor(), **options)
 
 
-W8, A8 = scheme("int8", PerChannel(0)), scheme("uint8", symmetric=False)
+# what integer kernels of this CPU take at full speed
+W8 = scheme("int8", PerChannel(0), reduce_range=exporter("onnxruntime").saturates)
+A8 = scheme("uint8", symmetric=False)
 STATIC = OpConfig(weight=W8, inputs=A8)
 
 
@@ -49,6 +54,14 @@ def only(configs: Mapping[str, OpConfig]) -> SearchSpace:
     rest = Rule(names=["*"], options=[OpConfig.float()])
     named = [Rule(names=[name], options=[config]) for name, config in configs.items()]
     return SearchSpace(preset="int8", rules=[rest, *named])
+
+
+def int8(model: nn.Module) -> SearchSpace:
+    """Return a space of 8 bits for all modules, as integer kernels of this CPU take them."""
+    known = {"Embedding": OpConfig(weight=W8), "Linear": STATIC, "Conv1d": STATIC, "Conv2d": STATIC}
+    types = {type(module).__name__ for module in model.modules()}
+    rules = [Rule(op_types=[t], options=[config]) for t, config in known.items() if t in types]
+    return SearchSpace(preset="int8", rules=rules)
 
 
 class Branches(nn.Module):
@@ -97,6 +110,14 @@ class Exported:
     def proto(self) -> onnx.GraphProto:
         return onnx.load_from_string(self.contents).graph
 
+    @cached_property
+    def fast(self) -> OnnxModel:
+        """The model as integer kernels of this CPU are exact with."""
+        found = OnnxModel(ir.from_proto(ir.to_proto(self.model.model)))
+        if exporter("onnxruntime").saturates:
+            make_exact(found, self.graph)
+        return found
+
     @property
     def opset(self) -> int:
         return int(onnx.load_from_string(self.contents).opset_import[0].version)
@@ -106,7 +127,8 @@ class Exported:
         return {i.name: TensorProto.DataType.Name(i.data_type) for i in self.proto.initializer}
 
     def run(self, inputs: Sequence[Tensor] | None = None, optimized: bool = False) -> list[Tensor]:
-        session = OnnxRuntimeSession(self.contents, optimized=optimized)
+        contents = self.fast.to_bytes() if optimized else self.contents
+        session = OnnxRuntimeSession(contents, optimized=optimized)
         return session.run(self.traced.example.tensors if inputs is None else inputs)
 
     def worst(self, optimized: bool = False) -> dict[str, float]:
@@ -121,7 +143,7 @@ class Exported:
 
     def layers(self) -> tuple[LayerAgreement, ...]:
         return layer_agreement(
-            self.model,
+            self.fast,
             self.graph.pairs,
             self.traced,
             lambda model: model.load(OnnxRuntimeSession).run,
@@ -131,7 +153,7 @@ class Exported:
     def optimized(self) -> onnx.GraphProto:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            path.write_bytes(self.contents)
+            path.write_bytes(self.fast.to_bytes())
             return optimized_graph(path)
 
     def kernels(self) -> Counter[str]:

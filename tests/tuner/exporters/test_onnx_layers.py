@@ -29,7 +29,7 @@ def compared(layers: Exported, wrong: Callable[[Tensor], Tensor]) -> dict[str, L
         run = model.load(OnnxRuntimeSession).run
         return lambda inputs: [wrong(tensor) for tensor in run(inputs)]
 
-    found = layer_agreement(layers.model, layers.graph.pairs, layers.traced, load)
+    found = layer_agreement(layers.fast, layers.graph.pairs, layers.traced, load)
     return {layer.name: layer for layer in found}
 
 

@@ -202,7 +202,8 @@ def test_recurrent_layers_are_traced(kind: type[nn.RNNBase]) -> None:
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     model = quantized(Recurrent(), [x])
     graph = traced(model, x)
-    assert torch.equal(graph.simulate(x)[0], model(x))
+    # on some CPUs the layer has a kernel of its own, which adds in another order
+    torch.testing.assert_close(graph.simulate(x)[0], model(x), rtol=0, atol=1e-6)
     assert all(weight.nodes for weight in graph.weights)
 
 

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from tuner import PerChannel, PerToken, TensorScheme
+from tuner.exporters.torch_eager import saturates
 
-W8 = TensorScheme(format="int8", granularity=PerChannel(0))
+# what integer kernels of this CPU take
+W8 = TensorScheme(format="int8", granularity=PerChannel(0), reduce_range=saturates())
 A8 = TensorScheme(format="uint8", symmetric=False)
 S8 = TensorScheme(format="int8")
 TOKEN = TensorScheme(format="int8", granularity=PerToken(), dynamic=True)

@@ -16,6 +16,7 @@ from tests.tuner.exporters.onnx_nets import (
     Exported,
     exported,
     floats,
+    int8,
     only,
     request,
     scheme,
@@ -75,13 +76,20 @@ CASES: Mapping[str, tuple[nn.Module, str, OpConfig, bool]] = {
         False,
     ),
     "wide": (nn.Linear(32, 24), "", OpConfig(weight=W8, inputs=scheme("int16")), False),
-    "unsigned": (Scores(False), "/matmul:0", OpConfig(inputs=(A8, scheme("int8"))), True),
+    "unsigned": (
+        Scores(False),
+        "/matmul:0",
+        OpConfig(inputs=(A8, scheme("int8", reduce_range=W8.reduce_range))),
+        True,
+    ),
     "signed": (Scores(), "/matmul:0", OpConfig(inputs=scheme("int8")), False),
     "affine": (Scores(False), "/matmul:0", OpConfig(inputs=A8), False),
     "transposed": (
         nn.ConvTranspose1d(6, 6, 2),
         "",
-        OpConfig(weight=scheme("int8", PerChannel(1)), inputs=A8, output=A8),
+        OpConfig(
+            weight=scheme("int8", PerChannel(1), reduce_range=W8.reduce_range), inputs=A8, output=A8
+        ),
         False,
     ),
 }
@@ -172,7 +180,7 @@ def test_weights_alone_stay_in_their_codes(fmt: str, group: int | None, tmp_path
 
 def test_a_product_keeps_its_bias_and_what_follows_in_one_kernel(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
-    asked = request(net, floats(4, 3, 32), tmp_path, batches=())
+    asked = request(net, floats(4, 3, 32), tmp_path, int8(net), batches=())
     report = OpenVinoExporter().export(asked)
     session = OpenVinoSession(report.files[0])
     session.run(asked.traced.example.tensors)
@@ -194,7 +202,8 @@ def test_attention_stays_float_for_openvino_and_says_why(tmp_path: Path) -> None
 
 
 def test_quantized_attention_agrees_and_is_listed_as_float(tmp_path: Path) -> None:
-    asked = request(Attention(True), floats(3, 5, 16), tmp_path, batches=())
+    net = Attention(True)
+    asked = request(net, floats(3, 5, 16), tmp_path, int8(net), batches=())
     report = OpenVinoExporter().export(asked)
     assert len(report.layers) >= 5
     assert max(layer.max_steps for layer in report.layers) <= 1
@@ -204,7 +213,8 @@ def test_quantized_attention_agrees_and_is_listed_as_float(tmp_path: Path) -> No
 
 
 def test_products_of_activations_agree_one_by_one(tmp_path: Path) -> None:
-    asked = request(Tokens(), tokens(), tmp_path, batches=())
+    net = Tokens()
+    asked = request(net, tokens(), tmp_path, int8(net), batches=())
     report = OpenVinoExporter().export(asked)
     assert max(layer.max_steps for layer in report.layers) <= 1
     assert {left.op for left in report.left_float} == {"attention/matmul:0", "attention/matmul:1"}

@@ -69,13 +69,19 @@ class Block(nn.Module):
         return y.sin() + self.fc2(torch.relu(self.fc1(y))), rows + self.flat(rows)
 
 
-def named(**options: OpConfig) -> SearchSpace:
-    rules = [Rule(names=[name], options=[option]) for name, option in options.items()]
+def named(types: list[str], **options: OpConfig) -> SearchSpace:
+    """Return a space of 8 bits for ops of some types, and of others for some names."""
+    rules = [Rule(op_types=[t], options=[OpConfig(weight=W8, inputs=A8)]) for t in types]
+    rules += [Rule(names=[name], options=[option]) for name, option in options.items()]
     return SearchSpace(preset="int8", rules=rules)
 
 
-CNN = named(signed=OpConfig(weight=W8, inputs=S8), narrow=OpConfig(weight=W8, inputs=A4))
-BLOCK = named(fc1=OpConfig(weight=W8, inputs=TOKEN), fc2=OpConfig(weight=W8, inputs=A8))
+CNN = named(
+    ["Conv2d", "Linear"],
+    signed=OpConfig(weight=W8, inputs=S8),
+    narrow=OpConfig(weight=W8, inputs=A4),
+)
+BLOCK = named(["Linear"], fc1=OpConfig(weight=W8, inputs=TOKEN), fc2=OpConfig(weight=W8, inputs=A8))
 
 
 def call(model: nn.Module, batch: object) -> object:
@@ -181,7 +187,7 @@ class Wide(nn.Module):
 def test_four_bits_are_stored_in_half_a_byte(tmp_path: Path) -> None:
     four = OpConfig(weight=TensorScheme(format="int4", granularity=PerGroup(128)))
     x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0))
-    asked = request(Wide, x, named(fc=four), tmp_path)
+    asked = request(Wide, x, named([], fc=four), tmp_path)
     report = TorchExporter().export(asked)
     assert 0 < (report.size_ratio or 0) < 0.21
     assert report.agreement is not None
@@ -220,7 +226,7 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_ranges_that_need_values_cannot_be_exported(tmp_path: Path) -> None:
     moving = TensorScheme(format="int8", dynamic=True, calibration="mse")
-    space = named(fc1=OpConfig(weight=W8, inputs=moving))
+    space = named([], fc1=OpConfig(weight=W8, inputs=moving))
     asked = request(Block, pair(4), space, tmp_path)
     with pytest.raises(ExportError, match="minmax"):
         TorchExporter().export(asked)

@@ -67,7 +67,10 @@ def words(n: int, length: int = 6) -> Tensor:
 
 
 def quantized(model: nn.Module, batch: Tensor, space: object) -> QuantizedModel:
-    return quantization.fit(model.eval(), [batch], config=TuningConfig(space=space))
+    """Return what a plan for PyTorch makes of a model, where it has kernels for a preset."""
+    target = "torch" if space in ("int8", "int8-dynamic", "mixed-int") else None
+    config = TuningConfig(space=space, target=target)
+    return quantization.fit(model.eval(), [batch], config=config)
 
 
 def of_model(make: type[nn.Module], batch: Tensor, space: object) -> Traced:
@@ -81,12 +84,13 @@ def by_type(**options: OpConfig) -> SearchSpace:
     return SearchSpace(preset="int8", rules=rules)
 
 
+STATIC = OpConfig(weight=W8, inputs=A8)
 SPACES = {
     "int8": ("int8", 3),
-    "signed": (by_type(Conv2d=OpConfig(weight=W8, inputs=S8)), 3),
-    "four bits": (by_type(Conv2d=OpConfig(weight=W4, inputs=A4)), 3),
-    "per token": (by_type(Linear=OpConfig(weight=W8, inputs=TOKEN)), 3),
-    "weights alone": (by_type(Conv2d=OpConfig(weight=W8)), 1),
+    "signed": (by_type(Conv2d=OpConfig(weight=W8, inputs=S8), Linear=STATIC), 3),
+    "four bits": (by_type(Conv2d=OpConfig(weight=W4, inputs=A4), Linear=STATIC), 3),
+    "per token": (by_type(Conv2d=STATIC, Linear=OpConfig(weight=W8, inputs=TOKEN)), 3),
+    "weights alone": (by_type(Conv2d=OpConfig(weight=W8), Linear=STATIC), 1),
     "fp8": ("fp8", 0),
     "mx": ("mx", 0),
     "grouped": ("int4-weight-only", 0),
