@@ -9,7 +9,8 @@ import hashlib
 import logging
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,6 +93,7 @@ class LatencyModel:
         self._example = example
         self._one = example.with_batch(1)
         self._times = OpTimes(exporter)
+        self._threads = torch.get_num_threads()
         traced = faithful_trace(model, example)
         check_batch(traced, 1)
         self._axes = traced.dynamic
@@ -110,7 +112,8 @@ class LatencyModel:
         alone = self._ops.get(op.name)
         if alone is None:
             return 0.0
-        return self._share * self._times.time_ms(self._model, alone, config)
+        with _on_threads(self._threads):
+            return self._share * self._times.time_ms(self._model, alone, config)
 
     @cached_property
     def _share(self) -> float:
@@ -132,14 +135,15 @@ class LatencyModel:
         return self.baseline.latency_ms - math.fsum(saved)
 
     def measure(self) -> MeasuredLatency:
-        """Measure the plan that is on the model, in turns with FP32.
+        """Measure the plan that is on the model, in turns with FP32, on as many threads as that.
 
         What seems faster than FP32 is measured once more, and both count.
         """
-        call = self._exporter.compiled(trace(self._model, self._example, self._axes))
-        ratios = _ratios(self._float, call)
-        if statistics.median(ratios) < 1:
-            ratios += _ratios(self._float, call)
+        with _on_threads(self._threads):
+            call = self._exporter.compiled(trace(self._model, self._example, self._axes))
+            ratios = _ratios(self._float, call)
+            if statistics.median(ratios) < 1:
+                ratios += _ratios(self._float, call)
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         whole_ms = self.baseline.latency_ms
         _log.info("measured %.4g of FP32 (%.4g to %.4g)", median, lower, upper)
@@ -167,6 +171,17 @@ class LatencyModel:
             return self._model.record(lambda: self._model.model(*args, **kwargs), 1).ops
 
 
+@contextmanager
+def _on_threads(count: int) -> Iterator[None]:
+    """Run on so many threads, whatever the user's code has set meanwhile; then again on those."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _ratios(reference: Call, plan: Call) -> list[float]:
     """Return the time of a plan ÷ FP32's, block by block."""
     blocks = _blocks({"float": reference, "plan": plan})
@@ -183,7 +198,7 @@ def _blocks(calls: Mapping[str, Call]) -> list[Mapping[str, Timing]]:
     rounds = min(max(math.ceil(_BLOCK_S / round_s), _LEAST_ROUNDS), _MOST_ROUNDS)
     affordable = int(_LIMIT_S / (rounds * round_s))
     count = min(max(affordable, _LEAST_BLOCKS), _MOST_BLOCKS)
-    return [interleaved(calls, rounds) for _ in range(count)]
+    return [interleaved(calls, rounds, warm_up=0) for _ in range(count)]
 
 
 def latency_model(

@@ -33,8 +33,11 @@ def _slower(result: TuningResult) -> str | None:
 def _none_met(result: TuningResult) -> str:
     dearest = sorted(result.op_table, key=lambda row: -row.cost_share)[:3]
     shown = ", ".join(f"{row.name} ({row.cost_share:.0%} of the cost)" for row in dearest)
+    mend = "Allow a larger drop, more trials or a wider space"
+    if result.goal_met is False:
+        mend = f"FP32 itself misses it, with {result.baseline:.6g}: set a goal that it meets"
     return (
         f"nothing was quantized: of {len(result.trials)} plans none that is cheaper than FP32 met "
         f"the goal ({result.goal.describe(result.baseline)}). The ops that cost most: {shown}. "
-        "Allow a larger drop, more trials or a wider space"
+        f"{mend}"
     )

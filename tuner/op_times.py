@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,22 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tuner import formats
+from tuner.errors import ExportError
 from tuner.example import Example
 from tuner.exporters.base import Exporter
-from tuner.exporters.timing import interleaved
+from tuner.exporters.timing import undisturbed_ms
 from tuner.exporters.tracing import trace
 from tuner.kernels.build import processor
 from tuner.model import InstrumentedModel
 from tuner.ops import Op
 from tuner.ranges import QParams, symmetric_zero_point
-from tuner.records import describe_config
 from tuner.saved_files import cache_folder
 from tuner.schemes import OpConfig, TensorScheme
+from tuner.version import VERSION
 
 _log = logging.getLogger(__name__)
-_ROUNDS = 25
 _LIMIT_S = 1.5
 _SEED = 0
+_FLOAT = OpConfig.float()
+_CODE_BITS, _NARROW_BITS = 8, 7
+_MOST_OPERANDS = 4
 _ATTENTION = "scaled_dot_product_attention"
 
 
@@ -46,26 +51,38 @@ class OpTimes:
         name = f"{exporter.runtime}-{machine}-{threads}-threads.json".replace(" ", "-")
         self._path = (cache_folder() / "op_times" if folder is None else folder) / name
         self._known: dict[str, float] = _read(self._path)
+        self._refused: set[str] = set()
 
     def time_ms(self, model: InstrumentedModel, op: Op, config: OpConfig) -> float:
         """Return the time of an op under a configuration; 0 for what cannot be measured alone.
 
-        No plan may be on the model.
+        Where that can be in FP32 only, it is FP32's. No plan may be on the model.
         """
-        signature = _signature(model, op, config)
-        if signature is None:
+        signature, plain = (_signature(model, op, each) for each in (config, _FLOAT))
+        if signature is None or plain in self._refused:
             return 0.0
-        if signature not in self._known:
-            self._known[signature] = self._measured(model, op, config)
-            _write(self._path, self._known)
+        if signature not in self._known and signature not in self._refused:
+            self._measure(signature, model, op, config)
+        if signature in self._refused:
+            return 0.0 if config.is_float else self.time_ms(model, op, _FLOAT)
         return self._known[signature]
+
+    def _measure(self, signature: str, model: InstrumentedModel, op: Op, config: OpConfig) -> None:
+        try:
+            self._known[signature] = self._measured(model, op, config)
+        except ExportError as error:  # of other shapes than a model has: only its time is missing
+            _log.info("%s cannot be timed alone: %s", op.name, error)
+            self._refused.add(signature)
+        else:
+            self._known = _read(self._path) | self._known  # others may have measured meanwhile
+            _write(self._path, self._known)
 
     def _measured(self, model: InstrumentedModel, op: Op, config: OpConfig) -> float:
         micro = _micro_model(model, op)
         assert micro is not None
         chains = op.type.startswith("Conv")  # what is beside a convolution takes and gives codes
         call = _compiled(self._exporter, micro, op, config, chains)
-        return interleaved({"op": call}, _ROUNDS, _LIMIT_S)["op"].median_ms
+        return undisturbed_ms(call, _LIMIT_S)
 
 
 def can_measure(op: Op) -> bool:
@@ -174,25 +191,31 @@ def _signature(model: InstrumentedModel, op: Op, config: OpConfig) -> str | None
         if layer is None:
             return None
     shapes = [list(shape) for shape in op.input_shapes]
-    facts = [op.type, shapes, str(layer), describe_config(_kernel(config)), _reach(config)]
+    facts = [VERSION, op.type, shapes, str(layer), _kernel(config)]
     return json.dumps(facts)
 
 
-def _kernel(config: OpConfig) -> OpConfig:
-    """Return the configuration whose kernel this one runs in: up to 8 bits are computed in 8."""
-    inputs = config.inputs if isinstance(config.inputs, tuple) else (config.inputs,)
-    widened = tuple(None if s is None else _widened(s) for s in inputs)
-    return OpConfig(weight=config.weight, inputs=widened if any(widened) else None)
+def _kernel(config: OpConfig) -> list[Any]:
+    """Return what of a configuration its kernel depends on.
+
+    Kernels read codes of fewer bits as codes of 8, and weights beside them, too: 8 bits differ from
+    these only because sums of products may then overflow, which other kernels do not let happen.
+    """
+    inputs = [config.input_scheme(index) for index in range(_MOST_OPERANDS)]
+    on_codes = any(scheme is not None for scheme in inputs)
+    weight = _stored(config.weight, _NARROW_BITS if on_codes else 0)
+    return [weight, *(_stored(scheme, _CODE_BITS) for scheme in inputs)]
 
 
-def _widened(scheme: TensorScheme) -> TensorScheme:
-    is_narrow = scheme.format.startswith("uint") and scheme.bits < 8
-    return TensorScheme(format="uint8", symmetric=False) if is_narrow else scheme
-
-
-def _reach(config: OpConfig) -> list[Any]:
-    schemes = [config.weight, *(s for i in range(4) if (s := config.input_scheme(i)) is not None)]
-    return [None if s is None else [s.granularity.model_dump(), s.is_dynamic] for s in schemes]
+def _stored(scheme: TensorScheme | None, least_bits: int) -> list[Any] | None:
+    """Return how a tensor is stored, integers with so many bits at least."""
+    if scheme is None:
+        return None
+    found, name = formats.get(scheme.format), scheme.format
+    if found.kind == "int" and found.block is None:
+        bits = max(found.bits - scheme.reduce_range, least_bits)
+        name = f"{'int' if found.signed else 'uint'}{bits}"
+    return [name, scheme.granularity.model_dump(), scheme.is_dynamic, scheme.symmetric]
 
 
 def _read(path: Path) -> dict[str, float]:
@@ -207,7 +230,7 @@ def _write(path: Path, known: Mapping[str, float]) -> None:
     """Keep the times; a folder that cannot be written is no error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(known, indent=0))
         part.replace(path)
     except OSError as error:

@@ -129,8 +129,9 @@ class TuningResult:
         """Return an in-memory Optuna study of the trials: params are the ops' labels.
 
         The value is the objective's cost, the constraint `goal` how far the goal is missed, so that
-        `best_trial` is the cheapest that meets it. Failed trials are FAIL. The user attribute
-        `number` is the record's.
+        `best_trial` is the cheapest that meets it. Failed trials are FAIL, those that were not
+        measured PRUNED (plans that miss the goal are not timed). The user attribute `number` is the
+        record's.
         """
         choices = self._choices_seen()
         with _optuna_silent():
@@ -250,8 +251,9 @@ class TuningResult:
             "reason": record.reason,
         }
         cost = record.costs.get(self.config.cost_name)
+        is_whole = record.state != "complete" or cost is not None
         trial = optuna.trial.create_trial(
-            state=_OPTUNA_STATES[record.state],
+            state=_OPTUNA_STATES[record.state if is_whole else "stopped_early"],
             value=cost if record.state == "complete" else None,
             params={name: describe_config(config) for name, config in record.plan.items()},
             distributions={name: choices[name] for name in record.plan},

@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
+import math
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -16,7 +18,7 @@ from strategies.space import Assignment
 from tuner.config import TuningConfig
 from tuner.costs import named_storage
 from tuner.criteria import AccuracyGoal
-from tuner.errors import EvaluationError, PlanError, TuningCancelled
+from tuner.errors import EvaluationError, ExportError, PlanError, TuningCancelled
 from tuner.evaluation import Evaluator
 from tuner.evenly import evenly
 from tuner.latency import is_faster
@@ -25,7 +27,7 @@ from tuner.plan_training import PlanTrainer, method_of, to_train
 from tuner.preparation import Prepared
 from tuner.progress import Progress
 from tuner.quantized_model import QuantizedModel
-from tuner.records import TrialRecord
+from tuner.records import TrialRecord, storable
 from tuner.results import StopReason
 from tuner.storage import StudyStore
 
@@ -59,7 +61,7 @@ def _accuracy(record: TrialRecord, goal: AccuracyGoal) -> float:
 
 def _violation(record: TrialRecord, goal: AccuracyGoal, baseline: TrialRecord) -> float:
     if record.state != "complete":
-        return float("inf")
+        return math.inf
     return goal.violation(_accuracy(record, goal), _accuracy(baseline, goal))
 
 
@@ -96,8 +98,8 @@ class Session:
         strategy = strategies.get(self._config.strategy)(
             self._prepared.space.space, self._config.seed
         )
+        self._measure_stored(deadline_s)
         search = SearchRun(strategy, self._known())
-        self._measure_stored()
         try:
             while True:
                 if len(self.records) >= self._config.max_trials:
@@ -158,7 +160,7 @@ class Session:
         known = {record.plan for record in self.records}
         goal, price = self._config.goal, self._cost(self.best)
         baseline = self.baseline.accuracy
-        most = _HOPELESS * abs(baseline) if baseline else float("inf")
+        most = _HOPELESS * abs(baseline) if baseline else math.inf
         missed = [
             record
             for record in self.records
@@ -174,12 +176,14 @@ class Session:
     def best(self) -> TrialRecord:
         """The cheapest record that meets the goal; where none does, the one that misses least.
 
-        Where latency is the objective, none counts that is not measured faster than FP32.
+        Where latency is the objective, none counts that is not measured faster than FP32, unless
+        it meets a goal that FP32 misses.
         """
-        meeting = [r for r in (self.baseline, *self.records) if r.meets_goal and self._may_win(r)]
+        records = (self.baseline, *self.records)
+        meeting = [record for record in records if record.meets_goal]
         if meeting:
-            return min(meeting, key=self._rank)
-        complete = [r for r in (self.baseline, *self.records) if r.state == "complete"]
+            return min([r for r in meeting if self._may_win(r)] or meeting, key=self._rank)
+        complete = (r for r in records if r.state == "complete" and self._may_win(r))
         return min(complete, key=lambda r: _violation(r, self._config.goal, self.baseline))
 
     def _may_win(self, record: TrialRecord) -> bool:
@@ -193,11 +197,17 @@ class Session:
         return self._cost(record), margin, record.number
 
     def _cost(self, record: TrialRecord) -> float:
-        """Return what a record costs in the objective: as predicted where it was not measured."""
+        """Return what a record costs in the objective: as predicted where it was not measured.
+
+        It is inf where that is not known: of trained plans, and of another version's space.
+        """
         space = self._prepared.space
         if self._config.cost_name in record.costs:
             return space.price(record.costs)
-        return space.space.cost(space.assignment(record.plan))
+        try:
+            return space.space.cost(space.assignment(record.plan))
+        except PlanError:
+            return math.inf
 
     def _ended(self, exhaustive: bool) -> StopReason:
         quantized = self.best.meets_goal and self.best.number > 0
@@ -253,15 +263,23 @@ class Session:
     def _measured(self, record: TrialRecord) -> TrialRecord:
         """Return a record of the plan that is on the model with what is measured of it.
 
-        A plan that misses the goal is not measured: it cannot be what comes back.
+        A plan that misses the goal is not measured: it cannot be what comes back. Neither can one
+        that the target cannot run: that trial failed.
         """
         if not record.meets_goal:
             return record
-        return replace(record, costs=self._prepared.plan_costs(record.plan))
+        try:
+            return replace(record, costs=self._prepared.plan_costs(record.plan))
+        except ExportError:
+            error = storable(traceback.format_exc())
+            failed = replace(record, state="failed", accuracy=None, metrics={}, scores=None)
+            return replace(failed, meets_goal=False, error=error)
 
-    def _measure_stored(self) -> None:
+    def _measure_stored(self, deadline_s: float | None) -> None:
         """Measure stored plans that meet the goal of today, and missed that of their time."""
         for index, record in enumerate(self.records):
+            if deadline_s is not None and time.monotonic() >= deadline_s:
+                return
             if record.meets_goal and self._config.cost_name not in record.costs:
                 self._prepared.model.apply(record.plan)
                 self.records[index] = self._measured(record)
@@ -290,8 +308,9 @@ class Session:
         if records and all(record.state == "failed" for record in records):
             first = records[0]
             raise EvaluationError(
-                f"eval_func failed on {len(records)} quantized models in a row, though it works "
-                f"on FP32. The first failure, in trial {first.number}:\n{first.error}"
+                f"eval_func, or the timing of what passed it, failed on {len(records)} quantized "
+                f"models in a row, though it works on FP32. The first failure, in trial "
+                f"{first.number}:\n{first.error}"
             )
 
 

@@ -77,6 +77,7 @@ def _formats(weight: str, inputs: str | None, **others: str) -> OpConfig:
         (OpConfig(weight=TensorScheme(format="int2"), output=TensorScheme()), "W2O8"),
         (OpConfig(bias=TensorScheme(format="int16")), "B16"),
         (_formats("int8", "uint8", bias="int32"), "W8A8B32"),
+        (OpConfig(weight=TensorScheme(reduce_range=True)), "W7"),
         (_formats("mxfp4", "mxfp8_e4m3"), "W4:mxfp4 A8:mxfp8_e4m3"),
         (_formats("int8", "e5m2"), "W8 A8:e5m2"),
         (_formats("abfp4", None), "W4:abfp4"),
@@ -198,6 +199,7 @@ def test_the_study_holds_every_trial() -> None:
         _record(2, 0.8, 20.0, plan=Plan({"conv": _config(4, 8), "fc": _config(8, None)})),
         _record(3, None, 10.0),
         _record(4, 0.5, 15.0, state="stopped_early"),
+        replace(_record(5, 0.5, 15.0), costs={}),  # what misses the goal is not timed
     )
     study = _result(*trials).study()
     states = optuna.trial.TrialState
@@ -206,8 +208,9 @@ def test_the_study_holds_every_trial() -> None:
         states.COMPLETE,
         states.FAIL,
         states.PRUNED,
+        states.PRUNED,
     ]
-    assert [t.user_attrs["number"] for t in study.trials] == [1, 2, 3, 4]
+    assert [t.user_attrs["number"] for t in study.trials] == [1, 2, 3, 4, 5]
     assert study.trials[1].params == {"conv": "W4A8", "fc": "W8"}
     assert study.trials[0].values == [62.5]
     assert study.trials[0].constraints["goal"] <= 0 < study.trials[1].constraints["goal"]

@@ -11,6 +11,8 @@ from tuner.exporters.report import Latency
 from tuner.exporters.tracing import Traced
 
 _WARM_UP = 3
+_BLOCK_ROUNDS = 25
+_WINDOW_S = 0.15
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,17 @@ class Timing:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 15, limit_s: float = 20.0
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    limit_s: float = 20.0,
+    warm_up: int = _WARM_UP,
 ) -> dict[str, Timing]:
     """Time every call once a round, so that a disturbance hits all; stop early at the limit.
 
-    At least three rounds are run.
+    At least three rounds are run, after `warm_up` calls of each.
     """
     for call in calls.values():
-        for _ in range(_WARM_UP):
+        for _ in range(warm_up):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
@@ -40,6 +45,18 @@ def interleaved(
         for name, call in calls.items():
             times[name].append(_timed_ms(call))
     return {name: _timing(found) for name, found in times.items()}
+
+
+def undisturbed_ms(call: Callable[[], object], limit_s: float) -> float:
+    """Return the least of the medians of several blocks of calls; of slow calls there is but one.
+
+    25 calls of an op take a few milliseconds, for all of which another process may be in the way.
+    """
+    medians: list[float] = []
+    started = time.perf_counter()
+    while not medians or time.perf_counter() - started < _WINDOW_S:
+        medians.append(interleaved({"": call}, _BLOCK_ROUNDS, limit_s)[""].median_ms)
+    return min(medians)
 
 
 def latencies(
@@ -74,11 +91,10 @@ def latencies(
 
 
 def takes_batch(traced: Traced, size: int) -> bool:
-    """Whether a traced model runs at a batch size: its batch is free, or that of its example."""
-    if any(0 in axes for axes in traced.dynamic.values()):
-        return True
-    pairs = zip(traced.example.tensors, traced.example.with_batch(size).tensors, strict=True)
-    return all(one.shape == other.shape for one, other in pairs)
+    """Whether a traced model runs at a batch size: every batch is free, or that of its example."""
+    example = traced.example
+    pairs = zip(example.names, example.tensors, example.with_batch(size).tensors, strict=True)
+    return all(one.shape == o.shape or 0 in traced.dynamic.get(name, {}) for name, one, o in pairs)
 
 
 def _timed_ms(call: Callable[[], object]) -> float:

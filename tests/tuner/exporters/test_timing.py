@@ -1,5 +1,6 @@
 """Artifacts are timed in turns, at the batch sizes that they take."""
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from tuner.example import Example
 from tuner.exporters.report import ExportReport
-from tuner.exporters.timing import latencies, takes_batch
+from tuner.exporters.timing import latencies, takes_batch, undisturbed_ms
 from tuner.exporters.tracing import Traced, trace
 from tuner.model import InstrumentedModel
 
@@ -59,3 +60,48 @@ def test_a_batch_that_is_a_constant_is_timed_alone() -> None:
     assert takes_batch(fixed, 4)
     assert not takes_batch(fixed, 8)
     assert [row.batch for row in latencies(fixed, run, run, (1, 4, 8))] == [4]
+
+
+class _Table(nn.Module):
+    """Looks vectors up in a table of eight that it is given: its length is no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layer = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self._layer(x @ table.T)
+
+
+def test_an_input_as_long_as_the_batch_that_is_none_keeps_the_model_from_other_batches() -> None:
+    model, table = InstrumentedModel(_Table()), torch.zeros(8, 3)
+    found = trace(model, Example.of_batch(model.model, (torch.zeros(8, 3), table)))
+    assert [sorted(axes) for axes in found.dynamic.values()] == [[0], []]
+    assert takes_batch(found, 8)
+    assert not takes_batch(found, 1)
+    alone = trace(model, Example.of_batch(model.model, (torch.zeros(1, 3), table)))
+    assert takes_batch(alone, 1)
+
+
+def test_a_disturbance_of_some_milliseconds_counts_for_nothing() -> None:
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 40:
+            time.sleep(0.002)
+
+    assert undisturbed_ms(call, limit_s=1.5) < 1
+
+
+def test_a_slow_call_is_timed_in_one_block_within_the_limit() -> None:
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.06)
+
+    assert undisturbed_ms(call, limit_s=0.1) >= 60
+    assert calls <= 3 + 3

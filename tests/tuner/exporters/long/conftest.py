@@ -1,5 +1,6 @@
-"""What the tests of the target `integer` share."""
+"""What tests of exports share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,12 @@ def net_report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
 @pytest.fixture(scope="session")
 def net_folder(net_report: ExportReport) -> Path:
     return net_report.files[0].parent
+
+
+@pytest.fixture(scope="module")
+def own_times(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the times of ops that tests measure in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr("tuner.op_times.cache_folder", lambda: folder)
+        yield

@@ -3,7 +3,6 @@
 import json
 import sqlite3
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,10 @@ from tuner.plan import Plan
 from tuner.preparation import Prepared
 from tuner.quantized_model import QuantizedModel
 
+pytestmark = pytest.mark.usefixtures("own_times")
+
 X = torch.randn(8, 8, 24, 24, generator=torch.Generator().manual_seed(0))
 W8A8 = OpConfig(weight=W8, inputs=(A8,))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setattr("tuner.op_times.cache_folder", lambda: folder)
-        yield
 
 
 class Net(nn.Module):
@@ -288,11 +281,40 @@ def test_a_signature_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert again.time_ms(model, ops["conv"], W8A8) == quantized
 
 
-def test_fewer_bits_take_the_time_of_eight(tmp_path: Path) -> None:
+def test_fewer_bits_take_the_time_of_one_kernel(tmp_path: Path) -> None:
     model, ops = recorded()
     times = OpTimes(exporter("onnxruntime"), tmp_path)
     four = W8A8.model_copy(update={"inputs": (TensorScheme(format="uint4", symmetric=False),)})
     assert times.time_ms(model, ops["conv"], four) == times.time_ms(model, ops["conv"], W8A8)
+    full = W8.model_copy(update={"reduce_range": False})
+    weights = [full.model_copy(update={"format": f"int{bits}"}) for bits in (7, 4, 2)]
+    weights.append(full.model_copy(update={"reduce_range": True}))
+    narrow = [W8A8.model_copy(update={"weight": weight}) for weight in weights]
+    assert len({times.time_ms(model, ops["conv"], config) for config in narrow}) == 1
+    times.time_ms(model, ops["conv"], W8A8.model_copy(update={"weight": full}))
+    (kept,) = tmp_path.glob("*.json")
+    assert len(json.loads(kept.read_text())) == 2  # of 8 bits the sums of products may overflow
+
+
+def test_other_codes_are_timed_by_themselves(tmp_path: Path) -> None:
+    model, ops = recorded()
+    times = OpTimes(exporter("onnxruntime"), tmp_path)
+    signed = W8A8.model_copy(update={"inputs": (TensorScheme(format="int8"),)})
+    affine = W8A8.model_copy(update={"weight": W8.model_copy(update={"symmetric": False})})
+    found = [times.time_ms(model, ops["fc"], config) for config in (W8A8, signed, affine)]
+    (kept,) = tmp_path.glob("*.json")
+    assert sorted(json.loads(kept.read_text()).values()) == sorted(found)
+
+
+def test_times_of_another_version_of_the_library_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ops = recorded()
+    OpTimes(exporter("onnxruntime"), tmp_path).time_ms(model, ops["fc"], W8A8)
+    monkeypatch.setattr("tuner.op_times.VERSION", "another")
+    OpTimes(exporter("onnxruntime"), tmp_path).time_ms(model, ops["fc"], W8A8)
+    (kept,) = tmp_path.glob("*.json")
+    assert len(json.loads(kept.read_text())) == 2
 
 
 def test_every_kind_of_op_is_measured(tmp_path: Path) -> None:
