@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import export_columns
 import machine
 import tables
 import torch
@@ -121,7 +122,12 @@ def main() -> None:
         for target in arguments.targets:
             measured = row(name, arguments.space, target, arguments.trials)
             tables.append(measured, tables.EXPORT)
-            print(name, target, [tables.speedup(each) for each in measured["latency"]], flush=True)
+            print(
+                name,
+                target,
+                [export_columns.speedup(each) for each in measured["latency"]],
+                flush=True,
+            )
     tables.render()
 
 

@@ -40,6 +40,7 @@ def _ratio(value: float | None) -> str:
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("model", lambda r: r["model"]),
+    ("VNNI", lambda r: "yes" if r["has_vnni"] else "no"),
     ("space", lambda r: r["space"]),
     ("target", lambda r: r["target"]),
     ("evaluations", lambda r: str(r["evaluations"])),

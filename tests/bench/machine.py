@@ -11,6 +11,7 @@ def describe() -> dict[str, str | int | float]:
     """Return the processor, its cores, the threads in use, the load and the versions."""
     return {
         "processor": _processor(),
+        "vnni": bool({"avx512_vnni", "avx_vnni"} & set(_entry("flags").split())),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "load_1min": round(os.getloadavg()[0], 2),
@@ -20,7 +21,12 @@ def describe() -> dict[str, str | int | float]:
 
 
 def _processor() -> str:
+    return _entry("model name") or platform.processor() or platform.machine()
+
+
+def _entry(name: str) -> str:
+    """Return what Linux says of the first processor under a name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith(name)]
+    return found[0] if found else ""

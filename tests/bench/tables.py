@@ -1,11 +1,11 @@
 """The raw lines of the benchmark as tables in Markdown."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import export_columns
 import latency_columns
 import metric_columns
 
@@ -143,78 +143,6 @@ int8 ÷ FP32 of digits-resnet was 1.56 with 9 repeats, then 1.29, 1.16 and 1.19 
 1.31, then 1.32, 1.34, 1.31, and 1.30 after attention left out what a causal mask hides: no gain is
 shown there. Of digits-depthwise it was 1.20 on a slower EPYC. The raw lines hold them all.
 """
-_EXPORT_INTRODUCTION = """\
-`python tests/bench/export.py`: models tuned for the target (1 % goal; ResNet-18 at 224 × 224 has
-random weights: in mixed-int its logits may be 2 % off), exported, and timed in turns with FP32 in
-the same runtime, with the threads below; OpenVINO beside FP32 in ONNX Runtime, too. **plain FP32
-export**: what torch.onnx.export writes of the model, in ONNX Runtime. For target torch, on one
-thread, FP32 is eager; FP32 and BF16 compiled are baselines beside it. **difference** is the largest
-from the simulation at the outputs, beside the simulation's own floor under a disturbance of 1e-6;
-**steps** the largest of any quantized tensor, all before it as simulated. **metric** is that of
-`eval_func` on the artifact, beside the simulated plan's; where these are more than 0.2 % apart, ±
-says how far the disturbance moves the simulation's. Other work ran beside the runs of mixed-int:
-their times say nothing.
-"""
-
-
-def speedup(entry: Row) -> str:
-    """Return how many times faster than FP32 a latency entry is."""
-    return f"{entry['float_ms'] / entry['quantized_ms']:.2f}"
-
-
-def _beside(row: Row, name: str) -> str:
-    """Return how many times faster than another baseline each batch is."""
-    found = [
-        f"{entry['baselines_ms'][name] / entry['quantized_ms']:.2f}"
-        for entry in row["latency"]
-        if name in entry.get("baselines_ms", {})
-    ]
-    return " / ".join(found) or "–"
-
-
-def _beside_plain_export(row: Row) -> str:
-    found = row.get("plain_export", [])
-    return " / ".join(f"{e['plain_ms'] / e['quantized_ms']:.2f}" for e in found) or "–"
-
-
-def _times(row: Row) -> str:
-    return " / ".join(f"{entry['quantized_ms']:.3g}" for entry in row["latency"])
-
-
-def _choices(row: Row) -> str:
-    counts = Counter(row.get("choices", {}))
-    return ", ".join(f"{count} {label}" for label, count in counts.most_common()) or "–"
-
-
-def _metric(row: Row) -> str:
-    if row["metric"] is None:
-        return "–"
-    simulated = row.get("simulated_metric") or row["simulated"]
-    floor = row.get("metric_floor")
-    return f"{row['metric']:.4f} ({simulated:.4f}{'' if floor is None else f' ± {floor:.4f}'})"
-
-
-_EXPORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("model", lambda r: r["model"]),
-    ("space", lambda r: r["space"]),
-    ("target", lambda r: r["target"]),
-    ("ops quantized", lambda r: f"{r['quantized_ops']} of {r['ops']}"),
-    ("size ÷ FP32", lambda r: f"{r['size_bytes'] / r['float_size_bytes']:.3f}"),
-    ("FP32 ÷ quantized, batch 1 / 8", lambda r: " / ".join(map(speedup, r["latency"]))),
-    ("FP32 compiled ÷ quantized", lambda r: _beside(r, "FP32 compiled")),
-    ("BF16 compiled ÷ quantized", lambda r: _beside(r, "BF16 compiled")),
-    ("FP32 in ONNX Runtime ÷ quantized", lambda r: _beside(r, "FP32 in ONNX Runtime")),
-    ("plain FP32 export ÷ quantized", _beside_plain_export),
-    ("ms, batch 1 / 8", _times),
-    (
-        "difference (floor)",
-        lambda r: f"{r['agreement']['max_abs']:.2g} ({r['agreement']['floor']:.2g})",
-    ),
-    ("steps", lambda r: f"{max((x['max_steps'] for x in r['layers']), default=0):.0f}"),
-    ("metric (simulated)", _metric),
-    ("left in float", lambda r: str(len(r["left_float"]))),
-    ("formats of ops", _choices),
-)
 _SERVICE_ROWS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("jobs submitted over HTTP by 8 clients, /s", lambda r: f"{r['submissions_per_s']:.0f}"),
     (
@@ -262,8 +190,8 @@ def render() -> None:
     speeds = _newest(_read(SPEED), ("model",))
     kernels = _newest(_read(KERNELS), _KERNEL_KEY)
     services = _newest(_read(SERVICE), ("database",))
-    exports = _newest(_read(EXPORT), ("model", "space", "target"))
-    latencies = _newest(_read(LATENCY), ("model", "space", "target"))
+    exports = _newest(_with_vnni(_read(EXPORT)), ("has_vnni", "model", "space", "target"))
+    latencies = _newest(_with_vnni(_read(LATENCY)), ("has_vnni", "model", "space", "target"))
     metrics = _newest(_read(METRIC), ("target",))
     tasks = {row["model"]: row for row in rows if row["strategy"] == "auto"}
     parts = [
@@ -287,8 +215,10 @@ def render() -> None:
         _KERNEL_INTRODUCTION,
         _kernel_table(kernels),
         "## Exports\n",
-        _EXPORT_INTRODUCTION,
-        _table(_EXPORT_COLUMNS, exports),
+        export_columns.INTRODUCTION,
+        _table(export_columns.COLUMNS, [row for row in exports if row["has_vnni"]]),
+        export_columns.WITHOUT_VNNI_INTRODUCTION,
+        _table(export_columns.COLUMNS, [row for row in exports if not row["has_vnni"]]),
         "## Metrics of artifacts\n",
         metric_columns.INTRODUCTION,
         _table(metric_columns.COLUMNS, metrics),
@@ -325,6 +255,12 @@ def _span(values: Iterable[float], shown: str) -> str:
 def _read(folder: Path) -> list[Row]:
     files = sorted(folder.glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+def _with_vnni(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield rows with whether their machine had VNNI, as all had that do not tell."""
+    for row in rows:
+        yield {**row, "has_vnni": row["machine"].get("vnni", True)}
 
 
 def _newest(rows: Iterable[Row], keys: tuple[str, ...]) -> list[Row]:
