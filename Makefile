@@ -32,8 +32,10 @@ serve: $(VENV)/runtime.stamp
 	$(BIN)/tuner serve
 
 # A process for each core; the tests of one file stay together, for the models that they share.
+# Where one of them dies, the run ends: with another in its place it would wait for ever.
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile \
+		--max-worker-restart 0
 
 # Those that kill processes and databases, and a browser.
 test-service: $(VENV)/dev.stamp

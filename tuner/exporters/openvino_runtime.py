@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -54,7 +55,7 @@ class OpenVinoSession:
     """
 
     def __init__(self, source: Path | bytes) -> None:
-        core = openvino.Core()
+        core = _core()
         options = {**SETTINGS, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         try:
             self._compiled = core.compile_model(core.read_model(source), "CPU", options)
@@ -86,6 +87,17 @@ class OpenVinoSession:
                 second = node.input_value(1).get_node().get_rt_info()
                 weight = str(second["outputPrecisions"].get())
                 yield Kernel(kind, str(facts["primitiveType"].get()), names, weight)
+
+
+@cache
+def _core() -> openvino.Core:
+    """Return the one Core of the process.
+
+    Each gives its thread an alternate signal stack, and gives back the one before when it ends. Of
+    two whose lives overlap, the first to end leaves memory that is gone to the second, and what the
+    second gives back kills the process at the next signal, such as Ctrl-C.
+    """
+    return openvino.Core()
 
 
 def _input_names(source: Path | bytes) -> list[str]:
