@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tuner.example import Example
 from tuner.exporters.report import ExportReport
-from tuner.exporters.timing import latencies, takes_batch, undisturbed_ms
+from tuner.exporters.timing import interleaved, latencies, takes_batch, undisturbed_ms
 from tuner.exporters.tracing import Traced, trace
 from tuner.model import InstrumentedModel
 
@@ -81,6 +82,19 @@ def test_an_input_as_long_as_the_batch_that_is_none_keeps_the_model_from_other_b
     assert not takes_batch(found, 1)
     alone = trace(model, Example.of_batch(model.model, (torch.zeros(1, 3), table)))
     assert takes_batch(alone, 1)
+
+
+def test_what_another_call_leaves_in_the_caches_counts_for_nothing() -> None:
+    last = ""
+
+    def call(name: str) -> None:
+        nonlocal last
+        if last != name:
+            time.sleep(0.005)
+        last = name
+
+    times = interleaved({name: partial(call, name) for name in ("one", "other")})
+    assert all(timing.upper_ms < 2 for timing in times.values())
 
 
 def test_a_disturbance_of_some_milliseconds_counts_for_nothing() -> None:
