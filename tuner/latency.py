@@ -21,7 +21,7 @@ from tuner.example import Example
 from tuner.exporters.base import Call, Exporter
 from tuner.exporters.batch_sizes import check_batch
 from tuner.exporters.probes import faithful_trace
-from tuner.exporters.timing import CALLS_A_ROUND, Timing, interleaved
+from tuner.exporters.timing import Timing, interleaved, round_ms
 from tuner.exporters.torch_latency import eager
 from tuner.exporters.tracing import Traced, trace
 from tuner.kernels.build import processor
@@ -194,7 +194,7 @@ def _blocks(calls: Mapping[str, Call]) -> list[Mapping[str, Timing]]:
     What disturbs the machine for the length of a block hits all calls alike.
     """
     once = interleaved(calls, _LEAST_ROUNDS)
-    round_s = CALLS_A_ROUND * sum(timing.median_ms for timing in once.values()) / 1e3
+    round_s = round_ms(once.values()) / 1e3
     rounds = min(max(math.ceil(_BLOCK_S / round_s), _LEAST_ROUNDS), _MOST_ROUNDS)
     affordable = int(_LIMIT_S / (rounds * round_s))
     count = min(max(affordable, _LEAST_BLOCKS), _MOST_BLOCKS)

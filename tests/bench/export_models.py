@@ -132,8 +132,43 @@ def _normalized(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-RANDOM: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "mobilenet-v2": mobilenet_v2}
+class CausalLM(nn.Module):
+    """A causal language model of transformers; tokens [N, T] give the logits [N, T, words]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of each next token."""
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+
+def distilgpt2(seed: int = 0) -> nn.Module:
+    """Return the shape of DistilGPT2, 82 million parameters, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    return CausalLM(GPT2LMHeadModel(GPT2Config(n_layer=6))).eval()
+
+
+RANDOM: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": resnet18,
+    "mobilenet-v2": mobilenet_v2,
+    "distilgpt2": distilgpt2,
+}
 """The models by name."""
+
+_WORDS, _SEQUENCE = 50257, 128
+
+
+def random_inputs(name: str, seed: int) -> Tensor:
+    """Return 16 inputs of a model: images [N, 3, 224, 224], or tokens [N, 128]."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "distilgpt2":
+        return torch.randint(_WORDS, (16, _SEQUENCE), generator=generator)
+    return torch.randn(16, 3, 224, 224, generator=generator)
 
 
 def arguments_of(description: str | None, models: Iterable[str], trials: int) -> argparse.Namespace:

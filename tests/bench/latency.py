@@ -1,8 +1,8 @@
 """Latency as the objective: what a search takes, what it predicts, and how fast its plan is.
 
-Models are tuned with `objective="latency"` for a runtime (1 % goal), from empty caches. ResNet-18
-has random weights and is quantized by calibration alone. What comes back is exported, and timed by
-the export at batch 1: that is the check from outside.
+Models are tuned with `objective="latency"` for a runtime (1 % goal), from empty caches. Those
+with random weights, as ResNet-18, are quantized by calibration alone. What comes back is exported,
+and timed by the export at batch 1: that is the check from outside.
 """
 
 import os
@@ -21,8 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import machine
 import tables
-import torch
-from export_models import RANDOM, arguments_of
+from export_models import RANDOM, arguments_of, random_inputs
 from models import MODELS
 from scipy.stats import spearmanr
 
@@ -32,7 +31,6 @@ from tuner.op_times import OpTimes
 
 _TRIALS = 12
 _LEAST_RANKED = 4
-_IMAGES = (16, 3, 224, 224)
 
 
 class Stopwatch:
@@ -76,8 +74,8 @@ def tuned(name: str, config: TuningConfig) -> tuple[QuantizedModel, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NothingQuantizedWarning)
         if name in RANDOM:
-            images = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(0))
-            found = quantization.fit(RANDOM[name](), [images], config=config, progress=False)
+            inputs = random_inputs(name, seed=0)
+            found = quantization.fit(RANDOM[name](), [inputs], config=config, progress=False)
         else:
             task = MODELS[name]()
             found = quantization.fit(

@@ -10,12 +10,10 @@ from tuner.exporters.agreement import Run
 from tuner.exporters.report import Latency
 from tuner.exporters.tracing import Traced
 
-CALLS_A_ROUND = 2
-"""How often `interleaved` makes each call in a round, of which it times the last."""
-
 _WARM_UP = 3
 _BLOCK_ROUNDS = 25
 _WINDOW_S = 0.15
+_ROW_MS, _LONGEST_ROW = 20, 4
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,11 @@ def interleaved(
     limit_s: float = 20.0,
     warm_up: int = _WARM_UP,
 ) -> dict[str, Timing]:
-    """Time every call once a round, so that a disturbance hits all; stop early at the limit.
+    """Time calls in turns, so that a disturbance hits all; stop early at the limit.
 
-    Before, the same is called untimed: the caches hold its weights then, not another's, as where
-    one model is served. At least three rounds are run, after `warm_up` calls of each.
+    In a round each is called a few times in a row, first untimed: the caches then hold its own
+    weights, not another's, as where one model is served. At least three rounds are run, after
+    `warm_up` calls of each.
     """
     for call in calls.values():
         for _ in range(warm_up):
@@ -47,10 +46,20 @@ def interleaved(
         if index >= 3 and time.perf_counter() - started > limit_s:
             break
         for name, call in calls.items():
-            for _ in range(CALLS_A_ROUND if len(calls) > 1 else 1):
-                last_ms = _timed_ms(call)
-            times[name].append(last_ms)
+            first = _timed_ms(call)
+            again = [_timed_ms(call) for _ in range(_row(first))] if len(calls) > 1 else [first]
+            times[name].extend(again)
     return {name: _timing(found) for name, found in times.items()}
+
+
+def round_ms(times: Iterable[Timing]) -> float:
+    """Return how long a round of `interleaved` takes for calls of such times."""
+    return sum((1 + _row(timing.median_ms)) * timing.median_ms for timing in times)
+
+
+def _row(call_ms: float) -> int:
+    """Return how many calls in a row are timed."""
+    return max(int(_ROW_MS // max(call_ms, _ROW_MS / _LONGEST_ROW)), 1)
 
 
 def undisturbed_ms(call: Callable[[], object], limit_s: float) -> float:
