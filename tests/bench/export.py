@@ -1,8 +1,8 @@
 """What exports give: size, agreement with the simulation, time beside FP32 in the same runtime.
 
 Models are tuned for the target with a 1 % goal (`--space int8` by default). ResNet-18, MobileNetV2
-and DistilGPT2 have random weights: in int8 they are quantized by calibration alone, in other spaces
-their logits may be 2 % off FP32's. Language models are timed on sequences of 128 tokens.
+and DistilGPT2 have random weights: in int8 and int4-weight-only they are quantized by calibration
+alone, in other spaces their logits may be 2 % off FP32's. Language models are timed on sequences of 128 tokens.
 """
 
 import os
@@ -30,6 +30,7 @@ from tuner.records import describe_config
 
 _TRIALS = 12
 _SEQUENCE = 128
+_CALIBRATED = ("int8", "int4-weight-only")
 _LOGITS_OFF = 0.02
 _KEPT = (
     "size_bytes",
@@ -58,7 +59,7 @@ def _random(name: str, config: TuningConfig) -> tuple[QuantizedModel, Tensor, An
     """Tune a model with random weights: by calibration alone, or for the logits of FP32."""
     model, inputs = RANDOM[name](), random_inputs(name, seed=0)
     loader = [inputs[:8], inputs[8:]]
-    if config.space == "int8":
+    if config.space in _CALIBRATED:
         return quantization.fit(model, loader, config=config), inputs[:8], None
     eval_func = _nearness(model, random_inputs(name, seed=1)[:8])
     goal = AccuracyGoal(max_drop=_LOGITS_OFF)
