@@ -1,7 +1,13 @@
-"""Disturbs quantized tensors as other float kernels do, to see what rounding makes of it."""
+"""Disturbs quantized tensors as other float kernels do, to see what rounding makes of it.
+
+What reads none is disturbed, too: the sums of layers that stay float, or whose weights alone are
+quantized.
+"""
+
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuner.model import InstrumentedModel
 from tuner.quantizer import Quantizer
@@ -41,16 +47,28 @@ class _Disturbed:
 
 
 def disturbed(model: InstrumentedModel, seed: int) -> InstrumentedModel:
-    """Return a copy of a model with the plan that is on it, whose quantized tensors are disturbed.
+    """Return a copy of a model with the plan that is on it, disturbed.
 
-    Quantized weights are constants, and stay as they are.
+    Quantized activations are, and what modules give that compute with others. Quantized weights are
+    constants, and stay as they are.
     """
     twin, disturb = model.copy(), Disturbance(seed=seed)
 
     def around(quantizer: Quantizer | None) -> Quantizer | None:
         return None if quantizer is None else _Disturbed(quantizer, disturb)  # type: ignore[return-value]
 
-    for site in twin.runtime.sites.values():
+    def hook(module: nn.Module, inputs: Any, found: Any) -> Tensor | None:
+        if not isinstance(found, Tensor):
+            return None
+        with torch._C.DisableTorchFunction():
+            return disturb(found)
+
+    sites = twin.runtime.sites
+    for name, op in twin.ops.items():
+        reads_floats = name not in sites or not any(sites[name].inputs)
+        if reads_floats and op.activations and "/" not in name:  # else no module
+            twin.model.get_submodule(name).register_forward_hook(hook)
+    for site in sites.values():
         site.inputs = tuple(around(quantizer) for quantizer in site.inputs)
         site.output = around(site.output)
     return twin

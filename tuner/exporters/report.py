@@ -10,10 +10,11 @@ from typing import Any
 class Agreement:
     """How far the outputs of an artifact are from those of the simulated model, on real inputs.
 
-    `floor` is the largest difference that the simulation itself shows when every quantized tensor
-    is disturbed by some 1e-6 of its values: rounding makes such differences grow, and no two
-    runtimes can be expected to agree better. `argmax` is the share of rows of the first output
-    with the same largest element, None where it has only one column.
+    `floor` is the largest difference that the simulation itself shows when every quantized tensor,
+    and every sum of products of what is not quantized, is disturbed by some 1e-6 of its values:
+    rounding makes such differences grow, and no two runtimes can be expected to agree better.
+    `argmax` is the share of rows of the first output with the same largest element, None where it
+    has only one column.
     """
 
     max_abs: float
@@ -70,9 +71,9 @@ class ExportReport:
 
     `files` are what was written, first the one that names the others. `metric` is what eval_func
     said of the artifact, if it was asked, and `simulated_metric` what it said of the simulation.
-    `metric_floor` is how far that moves when every quantized tensor is disturbed by some 1e-6 of
-    its values (see Agreement.floor): the largest difference of one or two draws, None where both
-    metrics are within 0.2 % of each other, and nothing had to be drawn.
+    `metric_floor` is how far that moves under the same disturbance (see Agreement.floor): the
+    largest difference of one or two draws, None where both metrics are within 0.2 % of each other,
+    and nothing had to be drawn.
     """
 
     target: str

@@ -23,6 +23,20 @@ from tuner.quantizer import Quantizer
 from tuner.schemes import TensorScheme
 
 _COPY = torch.ops.aten.copy_.default
+_SUMS = (
+    torch.ops.aten.linear,
+    torch.ops.aten.addmm,
+    torch.ops.aten.mm,
+    torch.ops.aten.bmm,
+    torch.ops.aten.matmul,
+    torch.ops.aten.conv1d,
+    torch.ops.aten.conv2d,
+    torch.ops.aten.conv3d,
+    torch.ops.aten.conv_transpose1d,
+    torch.ops.aten.conv_transpose2d,
+    torch.ops.aten.conv_transpose3d,
+    torch.ops.aten.scaled_dot_product_attention,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +105,8 @@ class Traced:
     def simulation(self, noise: float = 0.0, seed: int = 0) -> "Simulation":
         """Return what runs the graph, and keeps what reached each marker.
 
-        `noise` is a relative disturbance of what is quantized, normally distributed.
+        `noise` is a relative disturbance of what is quantized, and of sums of products of what is
+        not, normally distributed.
         """
         return Simulation(self, noise, seed)
 
@@ -108,7 +123,8 @@ class Simulation(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, a marker as its quantizer."""
         if not is_marker(n):
-            return super().run_node(n)
+            found = super().run_node(n)
+            return found if self._disturb is None or not _sums_floats(n) else self._disturb(found)
         (x, key), _ = self.fetch_args_kwargs_from_env(n)
         self.reached[n.name] = x
         return self._quantizers[key](x if self._disturb is None else self._disturb(x))
@@ -123,6 +139,12 @@ def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(values).meta = copy.copy(output.meta)
     graph.set_codegen(copy.copy(module.graph._codegen))
     return fx.GraphModule(module, graph)
+
+
+def _sums_floats(node: fx.Node) -> bool:
+    """Whether a node sums products of what no quantizer has rounded."""
+    is_sum = getattr(node.target, "overloadpacket", None) in _SUMS
+    return is_sum and not any(map(is_marker, node.all_input_nodes))
 
 
 def is_marker(node: fx.Node) -> bool:

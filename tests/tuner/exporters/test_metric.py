@@ -64,6 +64,18 @@ def test_a_disturbance_rounds_ties_otherwise_and_nothing_else(model: QuantizedMo
     assert torch.equal(model.model(X), still)
 
 
+def test_layers_with_quantized_weights_alone_are_disturbed() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.rand(16, 8, generator=torch.Generator().manual_seed(0))
+    model = quantization.fit(net, [x], config=TuningConfig(space="int4-weight-only"))
+    assert model.result.quantized_ops == 2
+    still = model.model(x)
+    moved = disturbed(model._parts.model, 0).model(x)
+    torch.testing.assert_close(moved, still, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(moved, still)
+    assert torch.equal(model.model(x), still)
+
+
 @pytest.mark.parametrize(
     ("difference", "evaluations"),
     [(0.0, 1), (0.0019, 1), (-0.0019, 1), (0.0021, 2), (-0.0021, 2), (0.1, 3)],

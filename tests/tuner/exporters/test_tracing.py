@@ -102,8 +102,9 @@ def test_the_model_keeps_its_plan_and_its_quantizers() -> None:
     assert torch.equal(model(image(4))["logits"], before)
 
 
-def test_noise_moves_the_outputs_a_little() -> None:
-    graph = traced(quantized(Block(), [image(8)]), image(4))
+@pytest.mark.parametrize("space", ["int8", "int4-weight-only"])
+def test_noise_moves_the_outputs_a_little(space: str) -> None:
+    graph = traced(quantized(Block(), [image(8)], space), image(4))
     still, moved = graph.simulate(image(4))[0], graph.simulation(1e-2).run(image(4))[0]
     assert 0 < (moved - still).abs().max() < 0.2
 
