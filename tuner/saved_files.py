@@ -13,9 +13,17 @@ from tuner.errors import SaveError
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: `$XDG_CACHE_HOME/accutune`, by default `~/.cache/accutune`."""
+    """Return the cache folder: `$XDG_CACHE_HOME/accutune`, by default `~/.cache/accutune`.
+
+    A user without a home, as in many containers, has one among the temporary files.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "accutune"
+    if base:
+        return Path(base) / "accutune"
+    try:
+        return Path.home() / ".cache" / "accutune"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"accutune-{os.getuid()}"
 
 
 def as_json(value: Any) -> bytes:
