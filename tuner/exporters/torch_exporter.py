@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -206,12 +207,10 @@ def _size(graph: fx.GraphModule) -> int:
 def _float_size(traced: Traced) -> int:
     """Return the bytes of the model's constants as they are in FP32, without generated code."""
     graph = traced.module.graph
-    used = {node.target for node in graph.nodes if node.op == "get_attr" and node.users}
-    sizes: dict[int, int] = {}
-    for name, tensor in (*traced.module.named_parameters(), *traced.module.named_buffers()):
-        if name in used:
-            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-    return sum(sizes.values())
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
+    found = [attrgetter(name)(traced.module) for name in used]
+    tensors = {x.data_ptr(): x for x in found if isinstance(x, Tensor)}  # tied ones have one place
+    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def _kernels(graph: fx.GraphModule, found: int) -> str:

@@ -194,6 +194,26 @@ def test_four_bits_are_stored_in_half_a_byte(tmp_path: Path) -> None:
     assert report.agreement.max_abs < 1e-4
 
 
+class Tied(nn.Module):
+    """An embedding whose table is the head's, as language models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x))
+
+
+def test_a_tied_table_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_exporter, "has_compiler", lambda: False)
+    tokens = torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+    report = TorchExporter().export(request(Tied, tokens, "int8", tmp_path))
+    assert report.float_size_bytes == 4 * 50 * 16
+
+
 def test_without_a_compiler_kernels_are_called_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
