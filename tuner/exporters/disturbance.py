@@ -24,7 +24,9 @@ class Disturbance:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return x · (1 + noise · n), n drawn for each value."""
+        """Return x · (1 + noise · n), n drawn for each value; integers as they are."""
+        if not x.is_floating_point():
+            return x
         drawn = torch.randn(x.shape, generator=self._generator, dtype=x.dtype)
         return x * (1 + self._noise * drawn.to(x.device))
 

@@ -109,6 +109,26 @@ def test_noise_moves_the_outputs_a_little(space: str) -> None:
     assert 0 < (moved - still).abs().max() < 0.2
 
 
+class Counted(nn.Module):
+    """Multiplies integers beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        count = (x > 0).long()
+        return self.fc(x), count @ count.T
+
+
+def test_noise_leaves_integers_as_they_are() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    graph = traced(quantized(Counted(), [x], "int4-weight-only"), x)
+    (still, count), (moved, again) = graph.simulate(x), graph.simulation(1e-2).run(x)
+    assert not torch.equal(moved, still)
+    assert torch.equal(again, count)
+
+
 def test_keyword_inputs_keep_their_names() -> None:
     tokens = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(1))
     batch = {"mask": torch.ones(4, 6), "tokens": tokens}
