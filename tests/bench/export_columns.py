@@ -7,10 +7,10 @@ from typing import Any
 Row = Mapping[str, Any]
 
 INTRODUCTION = """\
-`python tests/bench/export.py`: models tuned for the target (1 % goal; ResNet-18, MobileNetV2 and
-DistilGPT2 have random weights: in mixed-int their logits may be 2 % off), exported, and timed in
-turns with FP32 in the same runtime, with the threads below; OpenVINO beside FP32 in ONNX Runtime,
-too. **plain FP32 export**: what torch.onnx.export writes of the model, in ONNX Runtime. For target
+`python tests/bench/export.py`: models tuned for the target (1 % goal; ResNet-18, MobileNetV2,
+DistilGPT2 and Pythia-70M have random weights: in mixed-int their logits may be 2 % off), exported,
+and timed in turns with FP32 in the same runtime, with the threads below; OpenVINO beside FP32 in
+ONNX Runtime, too. **plain FP32 export**: what torch.onnx.export writes of the model, in ONNX Runtime. For target
 torch, on one thread, FP32 is eager; FP32 and BF16 compiled are baselines beside it. **difference**
 is the largest from the simulation at the outputs, beside the simulation's own floor under a
 disturbance of 1e-6; **steps** the largest of any quantized tensor, all before it as simulated.

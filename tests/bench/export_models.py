@@ -153,20 +153,32 @@ def distilgpt2(seed: int = 0) -> nn.Module:
     return CausalLM(GPT2LMHeadModel(GPT2Config(n_layer=6))).eval()
 
 
+def pythia_70m(seed: int = 0) -> nn.Module:
+    """Return the shape of Pythia-70M, whose head has a table of its own, with random weights."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 50304}
+    config = GPTNeoXConfig(num_hidden_layers=6, num_attention_heads=8, **sizes)
+    return CausalLM(GPTNeoXForCausalLM(config)).eval()
+
+
 RANDOM: dict[str, Callable[[], nn.Module]] = {
     "resnet18": resnet18,
     "mobilenet-v2": mobilenet_v2,
     "distilgpt2": distilgpt2,
+    "pythia-70m": pythia_70m,
 }
 """The models by name."""
 
+_LANGUAGE_MODELS = ("distilgpt2", "pythia-70m")
 _WORDS, _SEQUENCE = 50257, 128
 
 
 def random_inputs(name: str, seed: int) -> Tensor:
     """Return 16 inputs of a model: images [N, 3, 224, 224], or tokens [N, 128]."""
     generator = torch.Generator().manual_seed(seed)
-    if name == "distilgpt2":
+    if name in _LANGUAGE_MODELS:
         return torch.randint(_WORDS, (16, _SEQUENCE), generator=generator)
     return torch.randn(16, 3, 224, 224, generator=generator)
 
