@@ -10,13 +10,13 @@ INTRODUCTION = """\
 `python tests/bench/export.py`: models tuned for the target (1 % goal; ResNet-18, MobileNetV2,
 DistilGPT2 and Pythia-70M have random weights: in mixed-int their logits may be 2 % off), exported,
 and timed in turns with FP32 in the same runtime, with the threads below; OpenVINO beside FP32 in
-ONNX Runtime, too. **plain FP32 export**: what torch.onnx.export writes of the model, in ONNX Runtime. For target
-torch, on one thread, FP32 is eager; FP32 and BF16 compiled are baselines beside it. **difference**
-is the largest from the simulation at the outputs, beside the simulation's own floor under a
-disturbance of 1e-6; **steps** the largest of any quantized tensor, all before it as simulated.
-**metric** is that of `eval_func` on the artifact, beside the simulated plan's; where these are more
-than 0.2 % apart, ± says how far the disturbance moves the simulation's. Other work ran beside the
-runs of mixed-int: their times say nothing.
+ONNX Runtime, too. **plain FP32 export**: what torch.onnx.export writes of the model, in ONNX
+Runtime. For target torch, on one thread, FP32 is eager; FP32 and BF16 compiled are baselines beside
+it. **difference** is the largest from the simulation at the outputs, beside the simulation's own
+floor under a disturbance of 1e-6; **steps** the largest of any quantized tensor, all before it as
+simulated. **metric** is that of `eval_func` on the artifact, beside the simulated plan's; where
+these are more than 0.2 % apart, ± says how far the disturbance moves the simulation's. Other work
+ran beside the runs of mixed-int: their times say nothing.
 """
 
 
