@@ -176,9 +176,10 @@ def looked_up(
     """
     rows = _rows(codes, indices)
     if packed:
-        low, high = torch.bitwise_and(rows, 15), torch.bitwise_right_shift(rows, 4)
-        pairs = torch.stack((low.to(torch.int8), high.to(torch.int8)), -1)
-        values = pairs.flatten(-2).to(scale.dtype) - 8
+        # by floats: OpenVINO's shifts of 8 bits round to nearest
+        pairs = rows.to(scale.dtype)
+        high = torch.floor(pairs / 16)
+        values = torch.stack((pairs - 16 * high, high), -1).flatten(-2) - 8
     else:
         values = rows.to(scale.dtype)
     if scale.dim() == 2:

@@ -178,6 +178,13 @@ def test_weights_alone_stay_in_their_codes(fmt: str, group: int | None, tmp_path
     assert not kernel.is_integer
 
 
+def test_rows_of_a_table_of_four_bits_are_looked_up_exactly(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(50, 40), nn.Linear(40, 8))
+    report = OpenVinoExporter().export(request(model, tokens(), tmp_path, "int4-weight-only"))
+    assert report.agreement is not None
+    assert report.agreement.max_abs < 1e-5
+
+
 def test_a_product_keeps_its_bias_and_what_follows_in_one_kernel(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
     asked = request(net, floats(4, 3, 32), tmp_path, int8(net), batches=())
