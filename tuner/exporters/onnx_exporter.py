@@ -19,7 +19,7 @@ from tuner.exporters.onnx_codes import inputs_of, without_ends
 from tuner.exporters.onnx_file import OnnxModel, to_onnx
 from tuner.exporters.onnx_graph import QdqGraph, float_graph, qdq_graph
 from tuner.exporters.onnx_kernels import why_not_in_onnx_runtime
-from tuner.exporters.onnx_layers import layer_agreement
+from tuner.exporters.onnx_layers import chaos, layer_agreement
 from tuner.exporters.onnx_runtime import SETTINGS, OnnxRuntimeSession, optimized_graph
 from tuner.exporters.onnx_saturation import make_exact, overflowing, saturates
 from tuner.exporters.onnx_weights import why_not_stored
@@ -168,7 +168,7 @@ def written(
     traced = found.traced
     checks = check or load
     layers = layer_agreement(found.model, found.graph.pairs, traced, lambda m: m.load(checks).run)
-    _refuse_apart(layers)
+    _refuse_apart(layers, chaos(traced))
     files = found.model.save(file_of(request.path, SUFFIX))
     session = load(files[0])
     checked = session if check is None else check(files[0])
@@ -202,9 +202,9 @@ def merged(first: Iterable[LeftFloat], second: Iterable[LeftFloat]) -> tuple[Lef
     return tuple(found.values())
 
 
-def _refuse_apart(layers: Iterable[LayerAgreement]) -> None:
+def _refuse_apart(layers: Iterable[LayerAgreement], allowed: Mapping[str, float]) -> None:
     for layer in layers:
-        if layer.max_steps > _MOST_STEPS:
+        if layer.max_steps > max(_MOST_STEPS, allowed.get(layer.name, 0.0)):
             raise ExportError(
                 f"{layer.name} is {layer.max_steps:.0f} quantization steps from the simulation "
                 f"({layer.equal:.2%} of its codes are equal): nothing was written. Either the "

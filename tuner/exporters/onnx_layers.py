@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tuner.exporters.agreement import output_steps
+from tuner.exporters.disturbance import NOISE
+from tuner.exporters.onnx_activations import is_pair
 from tuner.exporters.onnx_file import OnnxModel
 from tuner.exporters.onnx_graph import Pair
 from tuner.exporters.onnx_ops import TENSOR
@@ -20,6 +22,9 @@ from tuner.exporters.tracing import Traced
 
 Runner = Callable[[OnnxModel], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 """Loads a model and returns what runs it."""
+
+_SEEDS = 3
+_AS_FAR = 3.0  # as under a disturbance: the largest of differences that rounding makes varies
 
 
 @torch.no_grad()
@@ -42,6 +47,24 @@ def layer_agreement(
         *(_compared(pair, expected, actual) for pair, expected, actual in inner),
         *output_steps(traced, outputs, found[:count]),
     )
+
+
+@torch.no_grad()
+def chaos(traced: Traced) -> dict[str, float]:
+    """Return how many steps outputs may be off that rounding within a part reaches.
+
+    Floats of few bits, and codes whose scales come with the inputs, are no place to cut a model:
+    what they make of the last bit of a sum grows up to the outputs.
+    """
+    if all(is_pair(quantizer.scheme) for quantizer in traced.quantizers.values()):
+        return {}
+    inputs = traced.example.tensors
+    expected, allowed = traced.simulate(*inputs), dict.fromkeys(traced.outputs, 0.0)
+    for seed in range(_SEEDS):
+        moved = traced.simulation(NOISE, seed).run(*inputs)
+        for layer in output_steps(traced, expected, moved):
+            allowed[layer.name] = max(allowed[layer.name], _AS_FAR * layer.max_steps)
+    return allowed
 
 
 def _forced(model: ir.Model, pairs: Sequence[Pair]) -> tuple[ir.Model, list[Pair]]:

@@ -1,14 +1,15 @@
 """The comparison of layers finds what a runtime gets wrong, and what it is for."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tuner.exporters.onnx_nets import Exported, exported
+from tests.tuner.exporters.onnx_nets import Exported, exported, floats, request
 from tuner.exporters.onnx_file import OnnxModel
-from tuner.exporters.onnx_layers import layer_agreement
+from tuner.exporters.onnx_layers import chaos, layer_agreement
 from tuner.exporters.onnx_runtime import OnnxRuntimeSession
 from tuner.exporters.report import LayerAgreement
 
@@ -52,3 +53,18 @@ def test_wrong_codes_show_where_they_are(layers: Exported) -> None:
     *inner, last = found.values()
     assert all(layer.max_steps == 4 and layer.equal == 0 for layer in inner)
     assert last.max_steps <= 1
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(6)))
+
+
+def test_what_rounding_makes_of_the_last_bit_is_allowed_where_no_cut_stops_it(
+    layers: Exported, tmp_path: Path
+) -> None:
+    assert chaos(layers.traced) == {}  # each quantized tensor is compared alone
+    traced = request(deep(), floats(4096, 32), tmp_path, "fp8").traced
+    allowed = chaos(traced)
+    assert list(allowed) == list(traced.outputs)
+    assert 0.1 < min(allowed.values()) < 100  # codes of e4m3fn are up to an eighth apart
