@@ -147,6 +147,7 @@ class CausalLM(nn.Module):
 
 def distilgpt2(seed: int = 0) -> nn.Module:
     """Return the shape of DistilGPT2, 82 million parameters, with random weights."""
+    # transformers takes seconds to import
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -155,6 +156,7 @@ def distilgpt2(seed: int = 0) -> nn.Module:
 
 def pythia_70m(seed: int = 0) -> nn.Module:
     """Return the shape of Pythia-70M, whose head has a table of its own, with random weights."""
+    # transformers takes seconds to import
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     torch.manual_seed(seed)

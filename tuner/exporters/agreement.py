@@ -15,9 +15,11 @@ from tuner.exporters.tracing import Traced
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Runs an artifact on the flat inputs of a traced model, and returns its flat outputs."""
 
+AS_FAR = 3.0
+"""How many times as far as seen once what rounding makes may be: the largest of it varies."""
+
 _SEEDS = 3
 _LEVELS = 127
-_AS_FAR = 3.0  # as on the example: the largest of differences that rounding makes varies
 
 
 @torch.no_grad()
@@ -41,7 +43,7 @@ def agreement(traced: Traced, run: Run) -> Agreement:
     largest = max((d.max().item() for d in differences), default=0.0)
     floor = perturbation_floor(traced, expected)
     for label, probe in probes(traced):
-        _check_at(traced, run, label, probe, _AS_FAR * max(floor, largest))
+        _check_at(traced, run, label, probe, AS_FAR * max(floor, largest))
     return Agreement(
         max_abs=largest,
         mean_abs=sum(d.sum().item() for d in differences) / max(count, 1),
@@ -54,13 +56,18 @@ def agreement(traced: Traced, run: Run) -> Agreement:
 def perturbation_floor(traced: Traced, expected: Sequence[Tensor]) -> float:
     """Return how far the simulation's outputs move when quantized tensors are disturbed by 1e-6."""
     worst = 0.0
-    for seed in range(_SEEDS):
-        moved = traced.simulation(NOISE, seed).run(*traced.example.tensors)
+    for moved in disturbed_outputs(traced):
         for one, other in zip(expected, moved, strict=True):
             if one.numel():
                 e, m = _floats(one, other)
                 worst = max(worst, (m - e).abs().max().item())
     return worst
+
+
+def disturbed_outputs(traced: Traced) -> Iterator[Sequence[Tensor]]:
+    """Yield the simulation's outputs on the example under several disturbances of 1e-6."""
+    for seed in range(_SEEDS):
+        yield traced.simulation(NOISE, seed).run(*traced.example.tensors)
 
 
 def output_steps(

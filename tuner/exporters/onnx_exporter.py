@@ -168,7 +168,7 @@ def written(
     traced = found.traced
     checks = check or load
     layers = layer_agreement(found.model, found.graph.pairs, traced, lambda m: m.load(checks).run)
-    _refuse_apart(layers, chaos(traced))
+    _refuse_apart(layers, traced)
     files = found.model.save(file_of(request.path, SUFFIX))
     session = load(files[0])
     checked = session if check is None else check(files[0])
@@ -202,9 +202,11 @@ def merged(first: Iterable[LeftFloat], second: Iterable[LeftFloat]) -> tuple[Lef
     return tuple(found.values())
 
 
-def _refuse_apart(layers: Iterable[LayerAgreement], allowed: Mapping[str, float]) -> None:
-    for layer in layers:
-        if layer.max_steps > max(_MOST_STEPS, allowed.get(layer.name, 0.0)):
+def _refuse_apart(layers: Iterable[LayerAgreement], traced: Traced) -> None:
+    far = [layer for layer in layers if layer.max_steps > _MOST_STEPS]
+    allowed = chaos(traced) if far else {}
+    for layer in far:
+        if layer.max_steps > allowed.get(layer.name, 0.0):
             raise ExportError(
                 f"{layer.name} is {layer.max_steps:.0f} quantization steps from the simulation "
                 f"({layer.equal:.2%} of its codes are equal): nothing was written. Either the "

@@ -11,8 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from tuner.exporters.agreement import output_steps
-from tuner.exporters.disturbance import NOISE
+from tuner.exporters.agreement import AS_FAR, disturbed_outputs, output_steps
 from tuner.exporters.onnx_activations import is_pair
 from tuner.exporters.onnx_file import OnnxModel
 from tuner.exporters.onnx_graph import Pair
@@ -22,9 +21,6 @@ from tuner.exporters.tracing import Traced
 
 Runner = Callable[[OnnxModel], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 """Loads a model and returns what runs it."""
-
-_SEEDS = 3
-_AS_FAR = 3.0  # as under a disturbance: the largest of differences that rounding makes varies
 
 
 @torch.no_grad()
@@ -58,12 +54,11 @@ def chaos(traced: Traced) -> dict[str, float]:
     """
     if all(is_pair(quantizer.scheme) for quantizer in traced.quantizers.values()):
         return {}
-    inputs = traced.example.tensors
-    expected, allowed = traced.simulate(*inputs), dict.fromkeys(traced.outputs, 0.0)
-    for seed in range(_SEEDS):
-        moved = traced.simulation(NOISE, seed).run(*inputs)
+    expected = traced.simulate(*traced.example.tensors)
+    allowed = dict.fromkeys(traced.outputs, 0.0)
+    for moved in disturbed_outputs(traced):
         for layer in output_steps(traced, expected, moved):
-            allowed[layer.name] = max(allowed[layer.name], _AS_FAR * layer.max_steps)
+            allowed[layer.name] = max(allowed[layer.name], AS_FAR * layer.max_steps)
     return allowed
 
 
