@@ -15,6 +15,13 @@ _LARGEST_KEPT = 32 << 20  # glibc takes no more
 _NEVER = 2**31 - 1
 
 
+class Malloc:
+    """What is known of the C library's allocator in this process."""
+
+    kept_bytes = 0
+    """Freed blocks of up to so many bytes stay with the process; 0 where nothing was changed."""
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep blocks of up to 32 MiB that are freed, for the rest of the process.
 
@@ -27,4 +34,6 @@ def keep_freed_memory() -> bool:
         _log.debug("the C library has no mallopt: freed memory goes back to the system")
         return False
     changed = ((_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, _NEVER))
-    return all([mallopt(name, value) == 1 for name, value in changed])
+    are_kept = all([mallopt(name, value) == 1 for name, value in changed])
+    Malloc.kept_bytes = _LARGEST_KEPT if are_kept else 0
+    return are_kept

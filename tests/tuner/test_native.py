@@ -11,6 +11,7 @@ import torch
 
 from tests.contracts.references import ML_FORMATS, PATHS, assert_same_bits, take_path
 from tuner import formats
+from tuner.allocator import Malloc
 from tuner.errors import DataError, SchemeError
 from tuner.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from tuner.kernels import buffers
@@ -591,6 +592,16 @@ class TestBufferPool:
         pool = BufferPool()
         pool.empty_like(torch.zeros(1000))
         assert not pool._storages
+
+    def test_what_malloc_keeps_is_left_to_malloc(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Malloc, "kept_bytes", 8 << 20)
+        pool = BufferPool()
+        x = torch.zeros(LARGE)
+        lent = pool.empty_as(x), pool.empty_like(x), pool.empty_rows(x.shape, x.dtype)
+        assert not pool._storages
+        assert [y.shape for y in lent] == [x.shape] * 3
+        pool.empty_like(torch.zeros(4 * LARGE))
+        assert pool._storages
 
     def test_threads_never_share_a_buffer(self) -> None:
         """Every thread writes its own number, and finds it unchanged as long as it holds it."""

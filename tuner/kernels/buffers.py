@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tuner.allocator import Malloc
+
 _SMALLEST_BYTES = 128 << 10  # malloc may give larger ones back to the system, page by page
 _MOST_BYTES = 256 << 20
 _MOST_OF_A_SIZE = 32  # training holds more, and looking through them all takes longer than malloc
@@ -44,7 +46,8 @@ class _Buffer:
 class BufferPool:
     """Storages that are lent to output tensors, and lent again once nobody holds them.
 
-    Of one size the first free one is lent: it is the most likely to be in the cache.
+    Of one size the first free one is lent: it is the most likely to be in the cache. What malloc
+    keeps is left to malloc, which gives the block that was freed last, of any size.
     """
 
     def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
@@ -63,7 +66,7 @@ class BufferPool:
     def empty_as(self, x: Tensor) -> Tensor:
         """Return `empty_like(x)` of a contiguous tensor on the CPU, where nothing is compiled."""
         nbytes = x.nbytes
-        if _SMALLEST_BYTES <= nbytes <= self._most_bytes:
+        if self._takes(nbytes):
             return self._lent(x.shape, x.stride(), x.dtype, nbytes)
         return torch.empty_like(x)
 
@@ -76,7 +79,7 @@ class BufferPool:
         return self._lent(shape, tuple(steps)[::-1], dtype, nbytes)
 
     def _takes(self, nbytes: int) -> bool:
-        return _SMALLEST_BYTES <= nbytes <= self._most_bytes
+        return max(_SMALLEST_BYTES, Malloc.kept_bytes) <= nbytes <= self._most_bytes
 
     def _lent(
         self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, nbytes: int
