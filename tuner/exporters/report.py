@@ -105,7 +105,7 @@ class ExportReport:
             f"Size: {self.size_bytes / 1024:.0f} KiB{_share(self.size_ratio)}",
         ]
         lines += _agreement_lines(self)
-        lines += [_latency_line(entry) for entry in self.latency]
+        lines += _latency_lines(self)
         lines += _metric_lines(self)
         lines += [f"Not in low precision: {left.op}: {left.reason}" for left in self.left_float]
         return "\n".join([*lines, *self.notes])
@@ -113,6 +113,16 @@ class ExportReport:
 
 def _share(ratio: float | None) -> str:
     return "" if ratio is None else f", {ratio:.1%} of FP32"
+
+
+def _latency_lines(report: ExportReport) -> list[str]:
+    lines = [_latency_line(entry) for entry in report.latency]
+    if lines and all(entry.speedup < 1 for entry in report.latency):
+        lines.append(
+            "FP32 is faster here: ops this small gain nothing from integers, or too many of them "
+            'stayed float. fit() with objective="latency" returns only what is faster'
+        )
+    return lines
 
 
 def _latency_line(entry: Latency) -> str:

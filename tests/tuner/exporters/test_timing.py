@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tuner.example import Example
-from tuner.exporters.report import ExportReport
+from tuner.exporters.report import ExportReport, Latency
 from tuner.exporters.timing import interleaved, latencies, takes_batch, undisturbed_ms
 from tuner.exporters.tracing import Traced, trace
 from tuner.model import InstrumentedModel
@@ -54,6 +55,17 @@ def test_each_batch_has_its_row_with_all_contenders() -> None:
     report = ExportReport("torch", (), 1, 4, None, latency=rows)
     assert report.to_dict()["latency"][0]["baselines_ms"] == dict(rows[0].baselines_ms)
     assert "BF16 compiled" in report.summary()
+
+
+def test_an_artifact_slower_than_fp32_is_told_how_to_get_a_faster_one() -> None:
+    rows = tuple(
+        Latency(batch, float_ms=1.0, quantized_ms=1.5, spread_ms=(1, 2)) for batch in (1, 8)
+    )
+    slower = ExportReport("onnx", (), 1, 4, None, latency=rows)
+    assert 'objective="latency"' in slower.summary()
+    mixed = replace(slower, latency=(rows[0], replace(rows[1], quantized_ms=0.5)))
+    assert "objective" not in mixed.summary()
+    assert "objective" not in replace(slower, latency=()).summary()
 
 
 def test_a_batch_that_is_a_constant_is_timed_alone() -> None:
