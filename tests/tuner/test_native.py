@@ -450,6 +450,25 @@ class TestOddTensors:
         assert torch.equal(torch.vmap(torch.func.grad(loss))(x), each)
         assert bool((each == 0).any())
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_large_gradients_go_past_the_cache_as_they_are(
+        self, dtype: torch.dtype, threads: int
+    ) -> None:
+        count = (9 << 20) // dtype.itemsize + 5  # more than whole lines, and some bytes left over
+        x = torch.randn(count).to(dtype).requires_grad_()
+        gradient = torch.randn(count).to(dtype)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            fake_quantize(x, TensorScheme(format="int8"), QParams(1 / 64)).backward(gradient)
+        finally:
+            torch.set_num_threads(before)
+        assert x.grad is not None
+        inside = (x >= -2) & (x <= 127 / 64)
+        assert 0.9 < inside.float().mean() < 0.99
+        assert torch.equal(x.grad, torch.where(inside, gradient, 0.0))
+
     @pytest.mark.parametrize("shape", [(3,), (2, 2), (6, 1)])
     def test_a_scale_of_another_shape_is_refused(self, shape: tuple[int, ...]) -> None:
         scheme = TensorScheme(format="e4m3fn", granularity=PerChannel(0))

@@ -5,6 +5,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 static const int64_t PARALLEL = 1 << 15; /* values below which threads do not pay */
 
@@ -15,6 +18,26 @@ static const int64_t PARALLEL = 1 << 15; /* values below which threads do not pa
 #define ALWAYS_INLINE static inline
 #define PREFETCH(ADDRESS, WRITE)
 #endif
+
+/* Copy past the cache: lines that are wholly written then need not be read first. */
+static inline void stream(void *to, const void *from, int64_t bytes) {
+    int64_t done = 0;
+#ifdef __SSE2__
+    if ((uintptr_t)to % sizeof(__m128i) == 0) {
+        for (; done + (int64_t)sizeof(__m128i) <= bytes; done += sizeof(__m128i)) {
+            const __m128i line = _mm_loadu_si128((const __m128i *)((const char *)from + done));
+            _mm_stream_si128((__m128i *)((char *)to + done), line);
+        }
+    }
+#endif
+    memcpy((char *)to + done, (const char *)from + done, bytes - done);
+}
+/* Let other threads see all that was streamed. */
+static inline void end_stream(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }

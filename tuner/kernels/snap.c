@@ -38,6 +38,7 @@ enum { STRIP = 64 };                /* short runs that a thread takes at a time 
 enum { CACHED = 256 };              /* values that stay in the cache over all entries */
 enum { LINE = 64 };                 /* bytes that come into the cache together */
 enum { NEAR = 512, AHEAD = 512 };   /* values masked at a time, and fetched before their turn */
+enum { STREAMED = 8 << 20 };        /* bytes of a gradient that go past the cache, or more */
 enum { TOGETHER = 16 };             /* blocks whose scales are found at once */
 enum { BLOCKS = 512 };              /* that a thread takes at a time */
 enum { GATHERED = 1024 };           /* values of short rows that are put together first */
@@ -267,9 +268,23 @@ ALWAYS_INLINE void mask_ahead_##SUFFIX(const T *x, const T *g, T *y, int64_t n, 
         mask_one_##SUFFIX(x + from, g + from, y + from, count, p, 0);                              \
     }                                                                                              \
 }                                                                                                  \
+ALWAYS_INLINE void mask_streamed_##SUFFIX(const T *x, const T *g, T *y, int64_t n,                 \
+                                          const params_t *p) {                                     \
+    T near[NEAR];                                                                                  \
+    for (int64_t from = 0; from < n; from += NEAR) {                                               \
+        const int64_t count = n - from < NEAR ? n - from : NEAR;                                   \
+        mask_one_##SUFFIX(x + from, g + from, near, count, p, 0);                                  \
+        stream(y + from, near, count * sizeof(T));                                                 \
+    }                                                                                              \
+    end_stream();                                                                                  \
+}                                                                                                  \
 void mask_tensor_##SUFFIX(const T *x, const T *g, T *y, int64_t n, float low, float high) {        \
     const params_t p = {0, 0, 0, 0, low, high};                                                    \
-    SPLIT(mask_ahead_##SUFFIX(x + from, g + from, y + from, count, &p))                            \
+    if (n * (int64_t)sizeof(T) >= STREAMED) {                                                      \
+        SPLIT(mask_streamed_##SUFFIX(x + from, g + from, y + from, count, &p))                     \
+    } else {                                                                                       \
+        SPLIT(mask_ahead_##SUFFIX(x + from, g + from, y + from, count, &p))                        \
+    }                                                                                              \
 }                                                                                                  \
 void mask_layout_##SUFFIX(const T *x, const T *g, T *y, const layout_t *l, const params_t *p) {    \
     WALK(mask_one_##SUFFIX(x + from, g + from, y + from, count, p, at),                            \
