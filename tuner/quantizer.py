@@ -69,6 +69,13 @@ class Quantizer:
             and formats.get(self.scheme.format).forward is None
         )
 
+    def gives_as(self, other: "Quantizer") -> bool:
+        """Whether tensors come out as from another quantizer: of the same scheme and parameters."""
+        if self.scheme != other.scheme or self.qparams is None or other.qparams is None:
+            return self.scheme == other.scheme and self.qparams is other.qparams
+        pairs = zip(vars(self.qparams).values(), vars(other.qparams).values(), strict=True)
+        return all(_are_equal(one, another) for one, another in pairs)
+
     def describe(self) -> str:
         """Return one line for people: 'int8 per-tensor affine, scale 0.0123, zero point 12'."""
         scheme, fmt = self.scheme, formats.get(self.scheme.format)
@@ -96,6 +103,12 @@ class Quantizer:
             if x.is_cpu and (dense := grid.native.dense(x.dtype)) is not None:
                 self._dense[x.dtype] = dense
         return grid
+
+
+def _are_equal(one: Tensor | float | None, other: Tensor | float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 def _has_gaps_between_rows(x: Tensor) -> bool:

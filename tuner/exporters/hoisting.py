@@ -4,7 +4,8 @@ max(Q(x)) = Q(max(x)) for every monotone Q, and what only moves values, or puts 
 commutes with Q as well. Where a convolution's output goes through max pooling, padding or
 concatenation to a quantizer, a copy of that quantizer is put right behind the convolution: runtimes
 then compute all of it on integers. The quantizer itself stays: on values that are codes already it
-changes nothing.
+changes nothing. What something else reads as well, as floats or by another quantizer, stays as it
+is.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import fx
 
 from tuner.exporters.markers import MARKER
 from tuner.exporters.tracing import Traced, copied_graph, is_marker
+from tuner.quantizer import Quantizer
 
 _ATEN = torch.ops.aten
 _MOVING = {
@@ -37,6 +39,7 @@ _MOVING = {
 }
 _CAT = _ATEN.cat.default
 _PADDINGS = {_ATEN.pad.default, _ATEN.constant_pad_nd.default}
+_LENGTH = _ATEN.sym_size.int
 _OUTSIDE = ("placeholder", "get_attr")
 
 
@@ -47,11 +50,22 @@ def hoisted(traced: Traced) -> Traced:
     while pending:
         marker = pending.pop()
         quantizer = traced.quantizers[str(marker.args[1])]
-        if quantizer.is_elementwise:
+        if quantizer.is_elementwise and _is_read_alike(traced, marker, quantizer):
             pending += _hoist(module.graph, marker)
     module.graph.lint()
     module.recompile()
     return replace(traced, module=module)
+
+
+def _is_read_alike(traced: Traced, marker: fx.Node, quantizer: Quantizer) -> bool:
+    """Whether all that reads the values which a marker quantizes has them from its quantizer."""
+    source = marker.args[0]
+    assert isinstance(source, fx.Node)
+    return all(
+        is_marker(user) and traced.quantizers[str(user.args[1])].gives_as(quantizer)
+        for user in source.users
+        if user.target is not _LENGTH
+    )
 
 
 def _hoist(graph: fx.Graph, marker: fx.Node) -> list[fx.Node]:

@@ -178,7 +178,7 @@ def written(
         files=files,
         size_bytes=sum(path.stat().st_size for path in files),
         float_size_bytes=found.reference.size_bytes,
-        agreement=agreement(traced, checked.run),
+        agreement=agreement(request.traced, checked.run),
         layers=layers,
         latency=latencies(traced, session.run, plain, request.batches, baselines),
         left_float=found.graph.left_float,

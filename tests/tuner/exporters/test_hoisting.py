@@ -5,9 +5,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tuner import TuningConfig, quantization
+from tuner import OpConfig, PerChannel, Rule, SearchSpace, TensorScheme, TuningConfig, quantization
 from tuner.exporters.hoisting import hoisted
 from tuner.exporters.tracing import Traced, is_marker, trace
+
+
+def w8(inputs: str) -> OpConfig:
+    """Return weights of 8 bits with inputs of another format, within the range that was seen."""
+    return OpConfig(
+        weight=TensorScheme(format="int8", granularity=PerChannel(0)),
+        inputs=TensorScheme(format=inputs, symmetric=False, calibration="minmax"),
+    )
 
 
 class Moves(nn.Module):
@@ -22,7 +30,7 @@ class Moves(nn.Module):
         return self.b(self.between(self.a(x)))  # type: ignore[operator]
 
 
-def traced(model: nn.Module, space: str = "int8") -> Traced:
+def traced(model: nn.Module, space: str | SearchSpace = "int8") -> Traced:
     torch.manual_seed(0)
     x = torch.randn(8, 4, 10, 10)
     found = quantization.fit(model.eval(), [x], config=TuningConfig(space=space))
@@ -73,6 +81,43 @@ def test_the_outputs_stay_to_the_bit(name: str, space: str) -> None:
 def test_what_does_not_commute_is_left_alone(between: object) -> None:
     graph = traced(Moves(between))
     assert sources(hoisted(graph)) == sources(graph)
+
+
+class Shared(nn.Module):
+    """What is moved about is read by a convolution, and by something else."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.other = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), other
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(self.a(x), 2)
+        return self.b(y) + self.other(y)  # type: ignore[no-any-return]
+
+
+OTHERS = {
+    "floats": (nn.Identity(), ()),
+    "other codes": (nn.Conv2d(4, 4, 1), (Rule(names=["other"], options=[w8("uint4")]),)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_read_otherwise_as_well_is_left_alone(name: str) -> None:
+    other, rules = OTHERS[name]
+    graph = traced(Shared(other), SearchSpace(preset="int8", rules=rules))
+    moved = hoisted(graph)
+    x = torch.randn(5, 4, 10, 10) * 3
+    assert torch.equal(moved.simulate(x)[0], graph.simulate(x)[0])
+    assert sources(moved) == sources(graph)
+
+
+def test_what_two_layers_read_as_the_same_codes_is_moved() -> None:
+    rule = Rule(names=["b", "other"], options=[w8("uint8")])
+    graph = traced(Shared(nn.Conv2d(4, 4, 1)), SearchSpace(preset="int8", rules=[rule]))
+    moved = hoisted(graph)
+    x = torch.randn(5, 4, 10, 10) * 3
+    assert torch.equal(moved.simulate(x)[0], graph.simulate(x)[0])
+    assert "conv2d" in sources(moved)
 
 
 def test_an_input_of_the_model_is_left_alone() -> None:
