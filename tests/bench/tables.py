@@ -123,14 +123,14 @@ _KERNEL_INTRODUCTION = """\
 fp32 tensor to another that exists already; medians of calls and copies that alternate. The last
 column is the least of one call on 1,024 values. Backward reads two tensors and writes one.
 
-Machines and runs differ; the newest counts. On an Intel Xeon, with one thread and 16 MiB, which
-the cache holds, three runs in a row gave MXFP8 1.45, 1.52 and 1.24; mxint8 1.38, 1.33 and 1.17;
-int8 without a compiler 2.44, 2.30 and 2.48; e4m3fn without a compiler, which lost two passes after
-the first, 5.73, 6.39 and 4.78 (at 64 MiB 5.51, 4.89 and 4.82). The AMD EPYC of the table copies
-16 MiB in its cache at 50 GB/s. Fetching ahead brought MXFP8 there from 1.76 to between 1.45 and 1.6
-and at 64 MiB from 1.3 to 1.1, and backward from 2.4 to 1.75 and from 1.95 to 1.6; torch.add, which
-also reads two tensors and writes one, takes 1.4 to 1.5 copies there. Scales of 16 blocks at a time,
-and no fetching of what is only written, then brought MXFP8 to 1.1 and mxint8 from 1.5 to 1.2.
+Machines and runs differ; the newest counts. On an Intel Xeon, with one thread and 16 MiB, which the
+cache holds, three runs in a row gave MXFP8 1.45, 1.52 and 1.24; mxint8 1.38, 1.33 and 1.17; int8
+without a compiler 2.44, 2.30 and 2.48; e4m3fn without a compiler, which lost two passes after the
+first, 5.73, 6.39 and 4.78 (at 64 MiB 5.51, 4.89 and 4.82). On the AMD EPYC of the table MXFP8 came
+from 1.76 to 1.1 by fetching ahead, by scales of 16 blocks at a time and by not fetching what is
+only written, and mxint8 from 1.5 to 1.2. Backward took 1.9 (16 MiB) and 1.8 (64 MiB) until results
+of 8 MiB and more were streamed past the cache: 1.3 to 1.4 and 1.2, in turns with torch.add, which
+also reads two tensors and writes one, at 1.35 and 1.3. What reads the result next gains, too.
 """
 _SPEED_INTRODUCTION = """\
 Interleaved medians. A switch goes from all-int8 to a plan that differs in every op with a weight;
@@ -138,10 +138,14 @@ the first one quantizes the weights, a later one finds them in the cache. The co
 are `quantization.simulate` with that format on all weights (per channel) and inputs (static, per
 tensor; MX takes its scales from each tensor).
 
-Machines and runs differ; the newest counts, here of an AMD EPYC with AVX-512. On an Intel Xeon
-int8 ÷ FP32 of digits-resnet was 1.56 with 9 repeats, then 1.29, 1.16 and 1.19 with 15; of char-lm
-1.31, then 1.32, 1.34, 1.31, and 1.30 after attention left out what a causal mask hides: no gain is
-shown there. Of digits-depthwise it was 1.20 on a slower EPYC. The raw lines hold them all.
+Freed memory is kept, as in the command line and the service; without that FP32 loses more than the
+simulation, and the ratios are lower. An operand that is copied takes as long as one that is
+rounded: what is left is memory traffic, which differs between machines and hours. The newest runs
+count, here of an AMD EPYC with AVX-512. Of digits-depthwise, int8 ÷ FP32 was 1.47 there in an hour
+in which FP32 took a third of the time, then 1.17 and 1.27, all three without kept memory, then
+1.15. On an Intel Xeon int8 ÷ FP32 of digits-resnet was 1.56 with 9 repeats, then 1.29, 1.16 and
+1.19 with 15; of char-lm 1.31, then 1.32, 1.34, 1.31, and 1.30 after attention left out what a
+causal mask hides: no gain is shown there. The raw lines hold them all.
 """
 _SERVICE_ROWS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("jobs submitted over HTTP by 8 clients, /s", lambda r: f"{r['submissions_per_s']:.0f}"),
