@@ -15,8 +15,8 @@ Runtime. For target torch, on one thread, FP32 is eager; FP32 and BF16 compiled 
 it. **difference** is the largest from the simulation at the outputs, beside the simulation's own
 floor under a disturbance of 1e-6; **steps** the largest of any quantized tensor, all before it as
 simulated. **metric** is that of `eval_func` on the artifact, beside the simulated plan's; where
-these are more than 0.2 % apart, ± says how far the disturbance moves the simulation's. Other work
-ran beside the runs of mixed-int: their times say nothing.
+these are more than 0.2 % apart, ± says how far the disturbance moves the simulation's. The other
+core was busy during the runs of mixed-int, and the row of MiniLM in OpenVINO is an older one.
 """
 
 
