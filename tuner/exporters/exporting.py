@@ -1,6 +1,7 @@
 """From a quantized model to an artifact of a target, checked and measured."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from tuner.tensors import tensors_in
 _OF_ANY_TYPE = ("calibration",)
 """Targets that only describe a model."""
 
+_ONE_AT_A_TIME = threading.RLock()  # torch.export changes modules of the whole process
+
 
 def export_model(
     model: InstrumentedModel,
@@ -46,7 +49,7 @@ def export_model(
     """Export a model with a plan on it; nothing of it changes.
 
     Files come to `path` when all checks are done, `eval_func` among them: after an error, Ctrl-C or
-    a kill, what was there before is still there.
+    a kill, what was there before is still there. Exports in several threads wait for one another.
 
     Raises UnknownNameError for an unknown target, ExportError for all that cannot be done.
     """
@@ -61,7 +64,7 @@ def export_model(
     if target not in _OF_ANY_TYPE:
         _refuse_other_types(model)
     is_file = place.suffix == found.suffix
-    with staged(place, is_file) as stage, isolated_random_state() as random_state:
+    with _ONE_AT_A_TIME, staged(place, is_file) as stage, isolated_random_state() as random_state:
         traced = faithful_trace(model, example, dynamic_axes)
         request = ExportRequest(
             traced=traced,
@@ -93,7 +96,7 @@ def check_model(found: Exporter, model: InstrumentedModel, example: Example) -> 
     """Raise ExportError where a target cannot run a model at all, before hours go into a plan."""
     if found.target not in _OF_ANY_TYPE:
         _refuse_other_types(model)
-    with isolated_random_state():
+    with _ONE_AT_A_TIME, isolated_random_state():
         traced = faithful_trace(model, example)
         try:
             found.check(traced)

@@ -14,13 +14,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tuner.exporters.onnx_file import OnnxModel
 
 _MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "MaxPool")
+_EXTREMES = ("ReduceMax", "ReduceMin", "GlobalMaxPool")
 
 
 def fusible(model: OnnxModel) -> OnnxModel:
     """Return the model as OpenVINO fuses it; the one that is given changes."""
     graph = model.model.graph
+    is_quantized = any(node.op_type == "QuantizeLinear" for node in graph)
     for node in list(graph):
-        if node.op_type == "MatMul":
+        if is_quantized and node.op_type in _EXTREMES:
+            _part(graph, node)
+        elif node.op_type == "MatMul":
             _drop_axis(node)
             _transpose_keys(graph, node)
         elif node.op_type == "QuantizeLinear":
@@ -35,6 +39,18 @@ def fusible(model: OnnxModel) -> OnnxModel:
             _merge_transposes(node)
     RemoveUnusedNodesPass()(model.model)
     return model
+
+
+def _part(graph: ir.Graph, extreme: ir.Node) -> None:
+    """Keep what follows an extreme out of its kernel: one that also quantizes has wrong values."""
+    found = extreme.outputs[0]
+    kept = ir.node("Max", [found, found])
+    kept.name = kept.outputs[0].name = f"{extreme.name}_kept"
+    kept.outputs[0].type, kept.outputs[0].shape = found.type, found.shape
+    graph.insert_after(extreme, kept)
+    for usage in found.uses():
+        if usage.node is not kept:
+            usage.node.replace_input_with(usage.idx, kept.outputs[0])
 
 
 def _drop_axis(product: ir.Node) -> None:

@@ -5,7 +5,9 @@ import os
 import signal
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -148,3 +150,10 @@ def test_a_folder_of_others_is_refused_before_all_work(name: str, model: Quantiz
         assert list(folder.iterdir()) == []
     text = str(caught.value)
     assert f"cannot write {str(folder / name)!r}: Permission denied. Choose a path" in text
+
+
+def test_exports_in_threads_wait_for_one_another(model: QuantizedModel, tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        paths = [tmp_path / str(index) for index in range(2)]
+        reports = list(pool.map(partial(model.export, target="integer"), paths))
+    assert [report.files[0].parent for report in reports] == paths

@@ -1,11 +1,12 @@
 """The openvino target: the same file, OpenVINO's kernels, and what it says of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.tuner.exporters.long.test_onnx_graph import Tokens
 from tests.tuner.exporters.onnx_nets import (
@@ -232,3 +233,36 @@ def test_a_file_that_openvino_cannot_read(tmp_path: Path) -> None:
     path.write_bytes(b"no model")
     with pytest.raises(ExportError, match="OpenVINO refuses the model"):
         OpenVinoSession(path)
+
+
+class Largest(nn.Module):
+    """A layer behind the largest or smallest values of each channel."""
+
+    def __init__(self, extreme: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.extreme = extreme
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.extreme(x))
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        lambda x: x.amax((2, 3)),
+        lambda x: x.amin((2, 3)),
+        lambda x: functional.adaptive_max_pool2d(x, 1).flatten(1),
+    ],
+    ids=["amax", "amin", "pool"],
+)
+def test_extremes_are_not_rounded_while_they_are_sought(
+    extreme: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 8, 6, 6)
+    config = TuningConfig(target="openvino")
+    model = quantization.fit(Largest(extreme).eval(), [x], config=config)
+    assert model.result.quantized_ops == 1
+    report = model.export(tmp_path / "model.onnx", target="openvino", batches=())
+    assert max(layer.max_steps for layer in report.layers) < 0.01
