@@ -15,6 +15,9 @@ from tuner.exporters.onnx_file import OnnxModel
 
 _MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "MaxPool")
 _EXTREMES = ("ReduceMax", "ReduceMin", "GlobalMaxPool")
+_AFFINE = ("Add", "Sub", "Mul", "Div")
+_HOSTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "LayerNormalization")
+"""Ops whose kernels take in what follows them, and quantize right."""
 
 
 def fusible(model: OnnxModel) -> OnnxModel:
@@ -22,7 +25,7 @@ def fusible(model: OnnxModel) -> OnnxModel:
     graph = model.model.graph
     is_quantized = any(node.op_type == "QuantizeLinear" for node in graph)
     for node in list(graph):
-        if is_quantized and node.op_type in _EXTREMES:
+        if is_quantized and (node.op_type in _EXTREMES or _is_merged(node)):
             _part(graph, node)
         elif node.op_type == "MatMul":
             _drop_axis(node)
@@ -41,13 +44,30 @@ def fusible(model: OnnxModel) -> OnnxModel:
     return model
 
 
-def _part(graph: ir.Graph, extreme: ir.Node) -> None:
-    """Keep what follows an extreme out of its kernel: one that also quantizes has wrong values."""
-    found = extreme.outputs[0]
+def _is_merged(node: ir.Node) -> bool:
+    """Whether constants of each column would be merged into the quantizer that follows."""
+    if node.op_type not in _AFFINE:
+        return False
+    constants = [_constant(node, index) for index in (0, 1)]
+    if all(each is None or each.size == 1 for each in constants):
+        return False
+    readers = [usage.node for usage in node.outputs[0].uses()]
+    readers += [usage.node for r in readers if r.op_type == "Clip" for usage in r.outputs[0].uses()]
+    if not any(reader.op_type == "QuantizeLinear" for reader in readers):
+        return False
+    maker = _maker(node, 0 if constants[0] is None else 1)
+    if maker is not None and maker.op_type == "Relu":
+        maker = _maker(maker, 0)
+    return maker is None or maker.op_type not in _HOSTS
+
+
+def _part(graph: ir.Graph, node: ir.Node) -> None:
+    """Keep the quantizer that follows out of a kernel which has wrong values with it."""
+    found = node.outputs[0]
     kept = ir.node("Max", [found, found])
-    kept.name = kept.outputs[0].name = f"{extreme.name}_kept"
+    kept.name = kept.outputs[0].name = f"{node.name}_kept"
     kept.outputs[0].type, kept.outputs[0].shape = found.type, found.shape
-    graph.insert_after(extreme, kept)
+    graph.insert_after(node, kept)
     for usage in found.uses():
         if usage.node is not kept:
             usage.node.replace_input_with(usage.idx, kept.outputs[0])

@@ -23,7 +23,16 @@ from tests.tuner.exporters.onnx_nets import (
     scheme,
     tokens,
 )
-from tuner import OpConfig, PerChannel, PerGroup, TuningConfig, quantization
+from tuner import (
+    OpConfig,
+    PerChannel,
+    PerGroup,
+    Rule,
+    SearchSpace,
+    TensorScheme,
+    TuningConfig,
+    quantization,
+)
 from tuner.errors import ExportError
 from tuner.exporters.openvino_exporter import OpenVinoExporter
 from tuner.exporters.openvino_graph import fusible
@@ -264,5 +273,44 @@ def test_extremes_are_not_rounded_while_they_are_sought(
     config = TuningConfig(target="openvino")
     model = quantization.fit(Largest(extreme).eval(), [x], config=config)
     assert model.result.quantized_ops == 1
+    report = model.export(tmp_path / "model.onnx", target="openvino", batches=())
+    assert max(layer.max_steps for layer in report.layers) < 0.01
+
+
+class Columns(nn.Module):
+    """A layer behind a number for each column, which no other layer takes in."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 4)
+        self.combine = combine
+        self.numbers: Tensor
+        self.register_buffer("numbers", torch.randn(20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.combine(torch.cat([x, x[:, :4]], 1), self.numbers))
+
+
+@pytest.mark.parametrize("codes", ["uint4", "uint8"])
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda x, numbers: x + numbers,
+        lambda x, numbers: numbers - x,
+        lambda x, numbers: x * numbers,
+        lambda x, numbers: x * numbers + numbers,
+    ],
+    ids=["add", "sub", "mul", "affine"],
+)
+def test_numbers_of_columns_are_not_merged_into_a_quantizer(
+    combine: Callable[[Tensor, Tensor], Tensor], codes: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 16)
+    scheme = TensorScheme(format=codes, symmetric=False, calibration="minmax")
+    w8 = TensorScheme(format="int8", granularity=PerChannel(0))
+    rule = Rule(names=["layer"], options=[OpConfig(weight=w8, inputs=scheme)])
+    config = TuningConfig(space=SearchSpace(preset="int8", rules=[rule]), target="openvino")
+    model = quantization.fit(Columns(combine).eval(), [x], config=config)
     report = model.export(tmp_path / "model.onnx", target="openvino", batches=())
     assert max(layer.max_steps for layer in report.layers) < 0.01
