@@ -34,5 +34,5 @@ def faults(choice: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_blocks_that_are_freed_come_back_without_a_page_fault() -> None:
-    assert faults("keeps") < 80  # fewer than one for each block
-    assert faults("returns") > 240  # where pages of 2 MiB are given, these are few
+    assert faults("keeps") < 100
+    assert faults("returns") > 1000
