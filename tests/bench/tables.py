@@ -123,16 +123,15 @@ _KERNEL_INTRODUCTION = """\
 fp32 tensor to another that exists already; medians of calls and copies that alternate. The last
 column is the least of one call on 1,024 values. Backward reads two tensors and writes one.
 
-Machines and runs differ; the newest counts. On an Intel Xeon, with one thread and 16 MiB, which the
-cache holds, three runs in a row gave MXFP8 1.45, 1.52 and 1.24; mxint8 1.38, 1.33 and 1.17; int8
-without a compiler 2.44, 2.30 and 2.48; e4m3fn without a compiler, which lost two passes after the
-first, 5.73, 6.39 and 4.78 (at 64 MiB 5.51, 4.89 and 4.82). On the AMD EPYC of the table MXFP8 came
-from 1.76 to 1.1 by fetching ahead, by scales of 16 blocks at a time and by not fetching what is
-only written, and mxint8 from 1.5 to 1.2. Backward took 1.9 (16 MiB) and 1.8 (64 MiB) until results
-of 8 MiB and more were streamed past the cache: 1.3 to 1.4 and 1.2, in turns with torch.add, which
-also reads two tensors and writes one, at 1.35 and 1.3. What reads the result next gains, too. The
-newest run was in an hour with noisy neighbours, in which small calls took twice as long; an hour
-before, mxfp4, MXFP8 and mxint8 took 1.10, 1.07 and 1.22 at 16 MiB.
+Machines and runs differ; the newest counts, here of a quiet Intel Xeon whose cache holds 16 MiB, so
+that a copy of them is fast. Without a compiler e4m3fn there took 5.1 (64 MiB) in chunks of 384 Ki
+values and takes 4.3 in chunks of half that; int8, four passes, stays at 2.4 (16 MiB) and 1.7 (64
+MiB), and was 1.9 and 1.7 on an AMD EPYC. On that one MXFP8 came from 1.76 to 1.1 by fetching ahead,
+by scales of 16 blocks at a time and by not fetching what is only written, and mxint8 from 1.5 to
+1.2. Backward took 1.9 (16 MiB) and 1.8 (64 MiB) there until results of 8 MiB and more were streamed
+past the cache: 1.3 to 1.4 and 1.2, in turns with torch.add, which also reads two tensors and writes
+one, at 1.35 and 1.3. In an hour with noisy neighbours backward took up to 2.1, the MX formats 1.5
+to 1.8, and small calls twice as long. What reads a streamed result next gains, too.
 """
 _SPEED_INTRODUCTION = """\
 Interleaved medians. A switch goes from all-int8 to a plan that differs in every op with a weight;
@@ -142,12 +141,12 @@ tensor; MX takes its scales from each tensor).
 
 Freed memory is kept, as in the command line and the service; without that FP32 loses more than the
 simulation, and the ratios are lower. An operand that is copied takes as long as one that is
-rounded: what is left is memory traffic, which differs between machines and hours. The newest runs
-count, here of an AMD EPYC with AVX-512. Of digits-depthwise, int8 ÷ FP32 was 1.47 there in an hour
-in which FP32 took a third of the time, then 1.17 and 1.27, all three without kept memory, then
-1.15. On an Intel Xeon int8 ÷ FP32 of digits-resnet was 1.56 with 9 repeats, then 1.29, 1.16 and
-1.19 with 15; of char-lm 1.31, then 1.32, 1.34, 1.31, and 1.30 after attention left out what a
-causal mask hides: no gain is shown there. The raw lines hold them all.
+rounded: what is left is memory traffic, which differs between machines and hours, and attention
+whose products stand apart, so that they can be rounded: 12 % of the ViT, 8 % of char-lm. The newest
+runs count, here of a quiet Intel Xeon; there copies in place of roundings gave the ViT 1.28 beside
+1.28, char-lm 1.25 beside 1.22. On an AMD EPYC with AVX-512 int8 ÷ FP32 of the ViT was 1.14, of
+char-lm 1.16, of digits-depthwise 1.15, and 1.17, 1.27 and 1.47 in other hours, the last one in an
+hour in which FP32 took a third of the time. The raw lines hold them all.
 """
 _SERVICE_ROWS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("jobs submitted over HTTP by 8 clients, /s", lambda r: f"{r['submissions_per_s']:.0f}"),

@@ -18,7 +18,7 @@ from tuner.kernels.layout import block_parameter, block_view
 from tuner.kernels.native import Bounds, NativeGrid, is_plain, is_transformed, takes
 
 _WHOLE = 128 * 1024  # values that are computed in one piece
-_CHUNK = 384 * 1024  # values: less, and the calls cost more than the cache saves
+_CHUNK = 192 * 1024  # values: more leave the cache, less cost more in calls than they save
 _SLACK = 2.0**-22  # two roundings of fp32
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
