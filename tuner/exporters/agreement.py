@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tuner.errors import ExportError
 from tuner.example import Example
-from tuner.exporters.disturbance import NOISE
-from tuner.exporters.probes import GROSS, apart, named, probes
+from tuner.exporters.disturbance import NOISE, Disturbance
+from tuner.exporters.probes import GROSS, apart, named, probes, reaches
 from tuner.exporters.report import Agreement, LayerAgreement
 from tuner.exporters.tracing import Traced
 
@@ -65,20 +65,25 @@ def perturbation_floor(traced: Traced, expected: Sequence[Tensor]) -> float:
 
 
 def disturbed_outputs(traced: Traced) -> Iterator[Sequence[Tensor]]:
-    """Yield the simulation's outputs on the example under several disturbances of 1e-6."""
+    """Yield the simulation's outputs on the example under several disturbances of 1e-6.
+
+    What runtimes round last are the outputs: they are disturbed, too.
+    """
     for seed in range(_SEEDS):
-        yield traced.simulation(NOISE, seed).run(*traced.example.tensors)
+        disturb = Disturbance(NOISE, seed)
+        moved = traced.simulation(NOISE, seed).run(*traced.example.tensors)
+        yield [disturb(output) for output in moved]
 
 
 def output_steps(
     traced: Traced, expected: Sequence[Tensor], found: Sequence[Tensor]
 ) -> Iterator[LayerAgreement]:
-    """Yield how far each output of floats is apart: a step is 1/127 of its largest magnitude."""
-    for name, e, f in zip(traced.outputs, expected, found, strict=True):
+    """Yield how far each output of floats is apart: a step is 1/127 of its reach."""
+    rows = zip(traced.outputs, expected, found, reaches(expected), strict=True)
+    for name, e, f, reach in rows:
         if e.is_floating_point() and e.numel():
             wanted, actual = _floats(e, f)
-            finite = e[e.isfinite()].double().abs()
-            step = finite.amax().item() / _LEVELS if finite.numel() else 1.0
+            step = reach / _LEVELS if e.isfinite().any() else 1.0
             steps = (actual - wanted).abs() / max(step, 1e-30)
             equal = (steps < 1 / _LEVELS).double().mean().item()
             yield LayerAgreement(name, steps.max().item(), equal)

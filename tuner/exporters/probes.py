@@ -16,6 +16,9 @@ GROSS = 0.1
 _AGAIN = 1e-3
 """Of the largest output, when the same model runs on the same inputs."""
 
+_SMALLEST = 1e-4
+"""Of the largest of all outputs: one that is smaller may be nothing but what rounding left."""
+
 
 def faithful_trace(
     model: InstrumentedModel, example: Example, dynamic_axes: Axes | None = None
@@ -78,11 +81,12 @@ def named(example: Example) -> Iterator[tuple[str, Tensor]]:
 def apart(expected: Sequence[Tensor], found: Sequence[Tensor], most: float = GROSS) -> str | None:
     """Say how outputs are others than expected; None where they are not.
 
-    `most` is the largest difference that counts for nothing, as a share of the largest output.
+    `most` is the largest difference that counts for nothing, as a share of an output's reach.
     """
     if len(expected) != len(found):
         return f"{len(found)} outputs instead of {len(expected)}"
-    for index, (e, f) in enumerate(zip(expected, found, strict=True)):
+    triples = zip(expected, found, reaches(expected), strict=True)
+    for index, (e, f, reach) in enumerate(triples):
         if e.shape != f.shape:
             return f"output {index} has shape {list(f.shape)} instead of {list(e.shape)}"
         wanted, actual = e.double(), f.double()
@@ -90,9 +94,29 @@ def apart(expected: Sequence[Tensor], found: Sequence[Tensor], most: float = GRO
         if not e.numel() or not is_finite.any():
             continue
         difference = (wanted - actual)[is_finite].abs().max().item()
-        if difference > most * wanted[is_finite].abs().max().item():
+        if difference > most * reach:
             return f"output {index} is {difference:.3g} apart"
     return None
+
+
+def reaches(outputs: Sequence[Tensor]) -> list[float]:
+    """Return the largest finite magnitude of each output, by which its differences are judged.
+
+    No less than 1e-4 of the largest one of all outputs: what cancels up to rounding is no size.
+    """
+    own = [_largest(output) for output in outputs]
+    floats = (at for at, output in zip(own, outputs, strict=True) if output.is_floating_point())
+    least = _SMALLEST * max(floats, default=0.0)
+    return [
+        max(at, least) if output.is_floating_point() else at
+        for at, output in zip(own, outputs, strict=True)
+    ]
+
+
+def _largest(output: Tensor) -> float:
+    values = output.double()
+    values = values[values.isfinite()]
+    return values.abs().max().item() if values.numel() else 0.0
 
 
 def _axes(traced: Traced) -> list[tuple[str, dict[int, str]]]:

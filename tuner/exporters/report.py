@@ -11,8 +11,9 @@ class Agreement:
     """How far the outputs of an artifact are from those of the simulated model, on real inputs.
 
     `floor` is the largest difference that the simulation itself shows when every quantized tensor,
-    and every sum of products of what is not quantized, is disturbed by some 1e-6 of its values:
-    rounding makes such differences grow, and no two runtimes can be expected to agree better.
+    every sum of products of what is not quantized, and every output is disturbed by some 1e-6 of
+    its values: rounding makes such differences grow, and no two runtimes can be expected to agree
+    better.
     `argmax` is the share of rows of the first output with the same largest element, None where it
     has only one column.
     """

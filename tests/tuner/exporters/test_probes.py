@@ -1,5 +1,6 @@
 """A trace that computes otherwise than the model is refused, or its axes are fixed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +130,33 @@ def test_probes_have_other_lengths_axis_by_axis() -> None:
 def test_only_gross_differences_count(found: tuple[Tensor, ...], why: str | None) -> None:
     told = apart((X,), found)
     assert told is None if why is None else why in (told or "")
+
+
+def test_what_cancels_is_judged_by_the_other_outputs() -> None:
+    logits = torch.tensor([[2.0, -3.0]])
+    nothing, noise = torch.tensor([[5.9e-8]]), torch.tensor([[-1.2e-7]])
+    assert apart((logits, nothing), (logits, noise)) is None
+    assert apart((logits, nothing), (logits, noise + 1e-3)) == "output 1 is 0.001 apart"
+    # alone, and beside numbers that count something, it is the size that it has
+    assert apart((nothing,), (noise,)) == "output 0 is 1.79e-07 apart"
+    counts = torch.tensor([10**9])
+    assert apart((counts, nothing), (counts, noise)) == "output 1 is 1.79e-07 apart"
+
+
+class Cancelling(Two):
+    """Gives beside its result what cancels up to rounding."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y, y.softmax(-1).sum(-1) - 1
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_model_with_an_output_that_cancels_is_tuned_and_exported(
+    target: str, tmp_path: Path
+) -> None:
+    config = TuningConfig(target=target)
+    tuned = quantization.fit(Cancelling().eval(), [X], config=config)
+    report = tuned.export(tmp_path / "out", target=target, batches=())
+    assert report.agreement.argmax == 1.0
+    assert report.agreement.floor > 0
