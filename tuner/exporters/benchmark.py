@@ -9,11 +9,11 @@ import torch
 from tuner.errors import ExportError
 from tuner.example import Example
 from tuner.exporters.base import Exporter
-from tuner.exporters.batch_sizes import check_batch
+from tuner.exporters.batch_sizes import check_batch, checked_sizes
 from tuner.exporters.probes import faithful_trace
 from tuner.exporters.targets import exporter
 from tuner.exporters.timing import Timing, interleaved
-from tuner.exporters.tracing import Traced, trace
+from tuner.exporters.tracing import ONE_AT_A_TIME, Traced, trace
 from tuner.isolation import isolated_random_state
 from tuner.model import InstrumentedModel
 
@@ -40,11 +40,11 @@ def benchmark(
 
     Raises UnknownNameError for an unknown target, ExportError for one that has no runtime here.
     """
-    sizes = tuple(batches)
-    if not sizes or any(size < 1 for size in sizes):
-        raise ExportError(f"batch sizes are {sizes}: give numbers from 1")
+    sizes = checked_sizes(batches, example)
+    if not sizes:
+        raise ExportError("there are no batch sizes: give numbers from 1")
     found = exporter(target)
-    with isolated_random_state():
+    with ONE_AT_A_TIME, isolated_random_state():
         plain = model.copy()
         plain.apply({})
         floats = faithful_trace(plain, example)

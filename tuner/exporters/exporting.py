@@ -1,7 +1,6 @@
 """From a quantized model to an artifact of a target, checked and measured."""
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,13 @@ from tuner.example import Axes, Example
 from tuner.exporters.agreement import Run
 from tuner.exporters.artifact import artifact_model
 from tuner.exporters.base import Exporter, ExportRequest
+from tuner.exporters.batch_sizes import checked_sizes
 from tuner.exporters.metric import with_metric_floor
 from tuner.exporters.probes import faithful_trace, named
 from tuner.exporters.report import ExportReport
 from tuner.exporters.staging import staged
 from tuner.exporters.targets import exporter
-from tuner.exporters.tracing import Traced
+from tuner.exporters.tracing import ONE_AT_A_TIME, Traced
 from tuner.isolation import isolated_random_state
 from tuner.model import InstrumentedModel
 from tuner.plan import Plan
@@ -32,7 +32,8 @@ from tuner.tensors import tensors_in
 _OF_ANY_TYPE = ("calibration",)
 """Targets that only describe a model."""
 
-_ONE_AT_A_TIME = threading.RLock()  # torch.export changes modules of the whole process
+_SUFFIXES = {".onnx", ".pt2", ".xml"}
+"""Of files that a path may mean, though a target writes another."""
 
 
 def export_model(
@@ -53,7 +54,8 @@ def export_model(
 
     Raises UnknownNameError for an unknown target, ExportError for all that cannot be done.
     """
-    found, place = exporter(target), _path_of(path)
+    found = exporter(target)
+    place = _path_of(path, found)
     if eval_func is not None and not callable(eval_func):
         raise ExportError(f"eval_func is a {type(eval_func).__name__}: give a function of a model")
     if example is None:
@@ -63,15 +65,16 @@ def export_model(
         )
     if target not in _OF_ANY_TYPE:
         _refuse_other_types(model)
+    sizes = checked_sizes(batches, example)
     is_file = place.suffix == found.suffix
-    with _ONE_AT_A_TIME, staged(place, is_file) as stage, isolated_random_state() as random_state:
+    with ONE_AT_A_TIME, staged(place, is_file) as stage, isolated_random_state() as random_state:
         traced = faithful_trace(model, example, dynamic_axes)
         request = ExportRequest(
             traced=traced,
             plan=plan,
             ops=dict(model.ops),
             path=stage.path,
-            batches=_sizes(traced, batches),
+            batches=_sizes(traced, sizes),
         )
         if eval_func is None:
             report = found.export(request)
@@ -96,7 +99,7 @@ def check_model(found: Exporter, model: InstrumentedModel, example: Example) -> 
     """Raise ExportError where a target cannot run a model at all, before hours go into a plan."""
     if found.target not in _OF_ANY_TYPE:
         _refuse_other_types(model)
-    with _ONE_AT_A_TIME, isolated_random_state():
+    with ONE_AT_A_TIME, isolated_random_state():
         traced = faithful_trace(model, example)
         try:
             found.check(traced)
@@ -119,10 +122,6 @@ def _refuse_other_types(model: InstrumentedModel) -> None:
 
 def _sizes(traced: Traced, batches: tuple[int, ...]) -> tuple[int, ...]:
     """Return the batch sizes that the model can be run at; its own where it has no other."""
-    if not isinstance(batches, list | tuple) or not all(
-        isinstance(size, int) and size > 0 for size in batches
-    ):
-        raise ExportError(f"batches is {batches!r}: give a tuple of batch sizes from 1, or ()")
     now = traced.example.batch
     held = [name for name, t in named(traced.example) if t.dim() and len(t) == now]
     if all(0 in traced.dynamic.get(name, {}) for name in held):
@@ -138,7 +137,9 @@ def _fixed_axes(traced: Traced) -> Iterator[str]:
             if axis not in traced.dynamic.get(name, {}):
                 yield (
                     f"Axis {axis} ({label}) of {name} is fixed at {tensor.shape[axis]}: the model "
-                    "computes with it as a constant"
+                    "computes with it as a constant, or otherwise at another length. Where a part "
+                    f"of it asks for len(t), t.shape[0] keeps it free; dynamic_axes={{{name!r}: "
+                    f"{{{axis}: {label!r}}}}} says where"
                 )
 
 
@@ -207,7 +208,14 @@ def _check_values(inputs: Any) -> None:
         )
 
 
-def _path_of(path: str | Path) -> Path:
+def _path_of(path: str | Path, found: Exporter) -> Path:
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise ExportError(f"path is {path!r}: give the path of a file or folder")
-    return Path(path)
+    place = Path(path)
+    is_other = found.suffix is not None and place.suffix in _SUFFIXES - {found.suffix}
+    if is_other and not place.is_dir():
+        raise ExportError(
+            f"path is {str(path)!r}, but target {found.target!r} writes {found.suffix} files: give "
+            "the path of one, or of a folder"
+        )
+    return place

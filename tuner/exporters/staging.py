@@ -129,6 +129,9 @@ def staged(path: Path, is_file: bool) -> Iterator[Stage]:
         with writing(home / _PREFIX):
             folder, held = _hidden(home)
         try:
+            if is_file:
+                with writing(folder / path.name):
+                    _check_name(folder / path.name)
             yield Stage(folder, path.name if is_file else None)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -147,6 +150,12 @@ def _check_kind(path: Path, is_file: bool) -> None:
         raise CannotWriteError(path, "it is a folder, where a file is to be")
     if not is_file and os.path.isfile(path):
         raise CannotWriteError(path, "it is a file, where a folder is to be")
+
+
+def _check_name(file: Path) -> None:
+    """Raise OSError where a folder takes no file of that name: one that is too long."""
+    file.touch()
+    file.unlink()
 
 
 def _hidden(home: Path) -> tuple[Path, int | None]:

@@ -1,6 +1,7 @@
 """The graph of a quantized model, traced once: what every exporter begins with."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from tuner.ops import WeightRef
 from tuner.packed_tensor import StoredTensor
 from tuner.quantizer import Quantizer
 from tuner.schemes import TensorScheme
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a model is exported: torch.export changes modules of the whole process."""
 
 _COPY = torch.ops.aten.copy_.default
 _SUMS = (
@@ -88,7 +92,7 @@ class Traced:
         shapes = _shapes(self.example, self.dynamic, Dim.DYNAMIC)
         tensors = self.example.tensors_to_trace()
         try:
-            with warnings.catch_warnings():
+            with ONE_AT_A_TIME, warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch copies specs it deprecated
                 return export(module, tensors, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever cannot be traced
@@ -183,7 +187,8 @@ def trace(model: InstrumentedModel, example: Example, dynamic_axes: Axes | None 
     tell = partial(setitem, outputs, slice(None))
     flat = _Flat(twin.model, example, tell).eval()
     try:
-        program = _exported(flat, example, wanted)
+        with ONE_AT_A_TIME:
+            program = _exported(flat, example, wanted)
     except ExportError as error:
         simulated = _Flat(model.copy().model, example, lambda names: None).eval()
         with torch.no_grad():

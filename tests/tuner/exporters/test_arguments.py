@@ -29,6 +29,16 @@ def model() -> QuantizedModel:
         ({"batches": 8}, "batches is 8: give a tuple of batch sizes"),
         ({"batches": (0,)}, "batch sizes from 1"),
         ({"batches": ("1",)}, "batch sizes from 1"),
+        ({"batches": (True,)}, "batch sizes from 1"),
+        (
+            {"batches": (10**12,)},
+            "batch of 1000000000000 take 29,802 GiB, more than this",
+        ),
+        (
+            {"path": "net.onnx", "target": "torch"},
+            "'torch' writes .pt2 files: give the path of one",
+        ),
+        ({"path": "net.xml", "target": "openvino"}, "'openvino' writes .onnx files"),
         ({"dynamic_axes": [0]}, r"give a mapping of input names to axes, such as {'input': \[0\]}"),
         ({"dynamic_axes": {"input": 0}}, "give the numbers of its axes"),
         ({"dynamic_axes": {"input": ["batch"]}}, "give the numbers of its axes"),

@@ -157,3 +157,12 @@ def test_exports_in_threads_wait_for_one_another(model: QuantizedModel, tmp_path
         paths = [tmp_path / str(index) for index in range(2)]
         reports = list(pool.map(partial(model.export, target="integer"), paths))
     assert [report.files[0].parent for report in reports] == paths
+
+
+def test_a_name_that_is_too_long_is_refused_before_anything_is_compiled(
+    model: QuantizedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=r"cannot write '.*n\.pt2': File name too long") as caught:
+        model.export(tmp_path / f"{'n' * 300}.pt2", target="torch")
+    assert str(tmp_path) in str(caught.value)
+    assert not list(tmp_path.iterdir())
