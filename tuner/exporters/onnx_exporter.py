@@ -34,6 +34,7 @@ from tuner.schemes import OpConfig
 
 SUFFIX = ".onnx"
 _MOST_STEPS = 1.0
+_OF_SETTINGS = "MatMulNBits"  # what the session options of SETTINGS speak of
 _PRODUCTS = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 
 
@@ -114,9 +115,12 @@ class OnnxRuntimeExporter(OnnxExporter):
         else:
             count = overflowing(found.model, found.graph)
         report = written(found, request, self.target, OnnxRuntimeSession)
-        left = _in_float(optimized_graph(report.files[0]), request, found.graph)
-        told = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
-        notes = (*report.notes, f"Checked and timed with session options {told}: take them, too")
+        optimized = optimized_graph(report.files[0])
+        left = _in_float(optimized, request, found.graph)
+        notes = report.notes
+        if any(node.op_type == _OF_SETTINGS for node in optimized.node):
+            told = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
+            notes = (*notes, f"Checked and timed with session options {told}: take them, too")
         if count:
             slower = f"Up to {count} weights have slower kernels, as {advice(self.target)}"
             notes = (*notes, slower if self.saturates else warning(count))
