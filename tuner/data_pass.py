@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tuner.batches import Feeder, Forward, batch_size, read_batches
-from tuner.errors import DataError, TunerError
+from tuner.errors import DataError, TunerError, brief
 from tuner.example import Example, first_call
 from tuner.graph import OpGraph
 from tuner.model import InstrumentedModel
@@ -97,7 +97,7 @@ class DataPass:
         except Exception as error:  # the user's model may raise anything
             raise DataError(
                 f"the model refused calibration batch {index} ({_describe(batch)}): "
-                f"{type(error).__name__}: {error}. If batches must be passed otherwise, give "
+                f"{brief(error)}. If batches must be passed otherwise, give "
                 "forward=lambda model, batch: …"
             ) from error
 

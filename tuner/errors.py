@@ -8,6 +8,22 @@ class TunerError(Exception):
     """Something that the tuner was asked for cannot be done."""
 
 
+_HEAD, _TAIL = 400, 600  # characters; between them are command lines, dispatch tables and stacks
+
+
+def brief(error: Exception | str) -> str:
+    """Return the type of another library's exception and what it says, or that alone.
+
+    Of long texts it is the beginning and the end; the whole of it stays with the exception, which
+    is the cause of the one that is raised.
+    """
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    text = text.strip()
+    if len(text) <= _HEAD + _TAIL:
+        return text
+    return f"{text[:_HEAD].rstrip()} […] {text[-_TAIL:].lstrip()}"
+
+
 class UnknownNameError(TunerError, ValueError):
     """A name that no table knows; the message lists the near ones."""
 

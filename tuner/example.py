@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.batches import Feeder
-from tuner.errors import ExportError
+from tuner.errors import ExportError, brief
 from tuner.sites import own_class
 from tuner.tensors import map_tensors, named_tensors_in
 
@@ -107,7 +107,7 @@ class Example:
             )
             return (
                 f"the model takes example inputs of the shape {shown}, but not two of them, {wide} "
-                f"({type(error).__name__}: {error}): their first axis is not that of a batch. Give "
+                f"({brief(error)}): their first axis is not that of a batch. Give "
                 "one sample as a batch of one, x.unsqueeze(0), in the calibration data as well; a "
                 "model that computes one sample at a time must be changed for an export"
             )

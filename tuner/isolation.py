@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from tuner.errors import ModelError
+from tuner.errors import ModelError, brief
 
 
 def copied(model: Any) -> nn.Module:
@@ -33,8 +33,8 @@ def copied(model: Any) -> nn.Module:
         return copy.deepcopy(model).eval()
     except (RuntimeError, TypeError) as error:
         raise ModelError(
-            f"the model cannot be copied ({error}): a non-leaf tensor or a handle hangs on it. "
-            "Remove it, or give the model a __deepcopy__"
+            f"the model cannot be copied ({brief(error)}): a non-leaf tensor or a handle hangs on "
+            "it. Remove it, or give the model a __deepcopy__"
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tuner.biases import bias_problem
-from tuner.errors import ExportError, TunerError
+from tuner.errors import ExportError, TunerError, brief
 from tuner.evaluation import EvalFunc, Evaluator
 from tuner.example import Axes, Example
 from tuner.exporters.agreement import Run
@@ -189,7 +189,7 @@ def example_of(model: InstrumentedModel, inputs: Any) -> Example:
     except Exception as error:  # the user's model may raise anything
         shown = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs))
         raise ExportError(
-            f"the model refuses example_inputs ({shown}): {type(error).__name__}: {error}. Give a "
+            f"the model refuses example_inputs ({shown}): {brief(error)}. Give a "
             "batch as the calibration data have it"
         ) from error
 
@@ -202,6 +202,8 @@ def _check_values(inputs: Any) -> None:
             "example_inputs has no tensor with elements: the artifact is compared with the "
             "simulation on it. Give a batch as the calibration data have it"
         )
+    if any(tensor.layout != torch.strided for tensor in tensors):
+        raise ExportError("example_inputs has a sparse tensor: give dense ones, x.to_dense()")
     if any(tensor.is_meta or tensor.isnan().any() for tensor in tensors):
         raise ExportError(
             "example_inputs has NaN or no data: the artifact is compared with the simulation on it"

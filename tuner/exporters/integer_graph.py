@@ -92,9 +92,8 @@ class GraphWriter:
         unknown = sorted({name for n in calls if n.users and (name := _unknown(n))})
         if unknown:
             raise ExportError(
-                f"target integer: its runner does not know {', '.join(unknown)}; it knows "
-                f"{', '.join(sorted(FUNCTIONS))}. Replace these ops in the model, or enter them in "
-                "integer_functions.FUNCTIONS"
+                f"target integer: its runner does not know {', '.join(unknown)}. Replace these "
+                "ops in the model, or enter them in integer_functions.FUNCTIONS"
             )
         quantizers = self._traced.quantizers
         bad = {k: why for k, q in quantizers.items() if (why := why_no_activation(q.scheme))}

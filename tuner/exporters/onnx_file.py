@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from tuner.errors import ExportError
+from tuner.errors import ExportError, brief
 from tuner.exporters.onnx_ops import BLOCKS_FROM, translations
 from tuner.exporters.onnx_storage import store_small
 from tuner.exporters.onnx_weights import dequantized
@@ -126,7 +126,9 @@ def _written(program: ExportedProgram, traced: Traced, opset: int) -> torch.onnx
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"torch.onnx.export cannot write this model: {error}") from error
+            raise ExportError(
+                f"torch.onnx.export cannot write this model: {brief(str(error))}"
+            ) from error
     assert written is not None
     return written
 

@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from tuner.errors import ExportError
+from tuner.errors import ExportError, brief
 
 SETTINGS = {
     # at its default, products with 4-bit weights round their float input to 8 bits, unasked
@@ -52,7 +52,7 @@ class OnnxRuntimeSession:
                 providers=["CPUExecutionProvider"],
             )
         except Exception as error:  # its exceptions have no common base of their own
-            raise ExportError(f"ONNX Runtime refuses the model: {error}") from error
+            raise ExportError(f"ONNX Runtime refuses the model: {brief(str(error))}") from error
         self.inputs = tuple(value.name for value in self._session.get_inputs())
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -63,7 +63,9 @@ class OnnxRuntimeSession:
             found = self._session.run(None, given)
         except Exception as error:  # its exceptions have no common base of their own
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in given.items())
-            raise ExportError(f"ONNX Runtime cannot run the model on {shapes}: {error}") from error
+            raise ExportError(
+                f"ONNX Runtime cannot run the model on {shapes}: {brief(str(error))}"
+            ) from error
         return [torch.from_numpy(array) for array in found]
 
 

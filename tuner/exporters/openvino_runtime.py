@@ -1,5 +1,6 @@
 """OpenVINO on the CPU: runs ONNX files on torch tensors, and tells how it computes each op."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ import openvino
 import torch
 from torch import Tensor
 
-from tuner.errors import ExportError
+from tuner.errors import ExportError, brief
 
 _PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq")
 _INTEGER = ("I8", "U8")
@@ -60,7 +61,7 @@ class OpenVinoSession:
         try:
             self._compiled = core.compile_model(core.read_model(source), "CPU", options)
         except Exception as error:  # its exceptions have no common base of their own
-            raise ExportError(f"OpenVINO refuses the model: {error}") from error
+            raise ExportError(f"OpenVINO refuses the model: {_gist(error)}") from error
         self._request = self._compiled.create_infer_request()
         read = {name for port in self._compiled.inputs for name in port.get_names()}
         self._names = [name if name in read else None for name in _input_names(source)]
@@ -74,7 +75,9 @@ class OpenVinoSession:
             )
         except Exception as error:  # its exceptions have no common base of their own
             shapes = ", ".join(str(list(array.shape)) for array in arrays)
-            raise ExportError(f"OpenVINO cannot run the model on {shapes}: {error}") from error
+            raise ExportError(
+                f"OpenVINO cannot run the model on {shapes}: {brief(str(error))}"
+            ) from error
         return [torch.from_numpy(found[output].copy()) for output in self._compiled.outputs]
 
     def products(self) -> Iterator[Kernel]:
@@ -98,6 +101,12 @@ def _core() -> openvino.Core:
     second gives back kills the process at the next signal, such as Ctrl-C.
     """
     return openvino.Core()
+
+
+def _gist(error: Exception) -> str:
+    """Return which ops OpenVINO cannot convert where it says so, else what it says."""
+    found = re.search(r"Conversion is failed for: (.+)", str(error))
+    return f"it does not convert {found[1].strip()} of this model" if found else brief(str(error))
 
 
 def _input_names(source: Path | bytes) -> list[str]:

@@ -18,7 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import ExportedProgram
 
-from tuner.errors import ExportError
+from tuner.errors import ExportError, brief
 from tuner.exporters.agreement import Run
 from tuner.exporters.torch_spelling import aten
 
@@ -93,7 +93,7 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=config)
     except Exception as error:  # PyTorch's compiler has no exception of its own
         raise ExportError(
-            f"PyTorch cannot compile the model into {path}: {type(error).__name__}: {error}"
+            f"PyTorch cannot compile the model into {path}: {brief(error)}"
         ) from error
 
 
@@ -107,9 +107,7 @@ def compile_freezing(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callab
         with torch.no_grad(), _quiet(), inductor_config.patch(_config()):
             compiled(*inputs)
     except Exception as error:  # PyTorch's compiler has no exception of its own
-        raise ExportError(
-            f"PyTorch cannot compile an op alone: {type(error).__name__}: {error}"
-        ) from error
+        raise ExportError(f"PyTorch cannot compile an op alone: {brief(error)}") from error
     return compiled
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 
-from tuner.errors import ExportError
+from tuner.errors import ExportError, brief
 from tuner.example import Axes, Example, outputs_of
 from tuner.exporters.disturbance import Disturbance
 from tuner.exporters.markers import MARKER, mark, operand_of
@@ -97,7 +97,7 @@ class Traced:
                 return export(module, tensors, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever cannot be traced
             raise ExportError(
-                f"torch.export cannot trace the quantized graph: {type(error).__name__}: {error}. "
+                f"torch.export cannot trace the quantized graph: {brief(error)}. "
                 "Dynamic activations can be exported with calibration='minmax' only"
             ) from error
 
@@ -247,7 +247,7 @@ def _exported(
             return export(flat, tensors, dynamic_shapes={"inputs": shapes}, strict=False)
     except Exception as error:  # whatever the user's code raises under tracing
         raise ExportError(
-            f"torch.export cannot trace this model: {type(error).__name__}: {error}. What leads to "
+            f"torch.export cannot trace this model: {brief(error)}. What leads to "
             "branches that depend on values of tensors must be changed in the model for an export"
         ) from error
 

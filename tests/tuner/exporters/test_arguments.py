@@ -48,6 +48,10 @@ def model() -> QuantizedModel:
         ({"example_inputs": {}}, "no tensor with elements"),
         ({"example_inputs": X[:0]}, "no tensor with elements"),
         ({"example_inputs": X * float("nan")}, "has NaN or no data"),
+        (
+            {"example_inputs": X.to_sparse()},
+            r"has a sparse tensor: give dense ones, x.to_dense\(\)",
+        ),
         ({"example_inputs": X.to("meta")}, "has NaN or no data"),
         ({"example_inputs": np.zeros((6, 8), np.float32)}, "is a ndarray: give a tensor"),
         ({"example_inputs": X[:, :5]}, r"refuses example_inputs \(\[6, 5\] torch.float32\)"),
