@@ -137,9 +137,8 @@ def _fixed_axes(traced: Traced) -> Iterator[str]:
             if axis not in traced.dynamic.get(name, {}):
                 yield (
                     f"Axis {axis} ({label}) of {name} is fixed at {tensor.shape[axis]}: the model "
-                    "computes with it as a constant, or otherwise at another length. Where a part "
-                    f"of it asks for len(t), t.shape[0] keeps it free; dynamic_axes={{{name!r}: "
-                    f"{{{axis}: {label!r}}}}} says where"
+                    "computes with it as a constant (len(t) and int(…) make one, t.shape does "
+                    "not), or otherwise at another length"
                 )
 
 

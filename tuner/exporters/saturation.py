@@ -63,6 +63,6 @@ def advice(target: str) -> str:
 def warning(count: int) -> str:
     """Return what to know of a file with weights that overflow on other CPUs than this one."""
     return (
-        f"x86 CPUs without VNNI overflow where they add products of {count} weights of 8 bits: for "
-        "such, tune there, or with reduce_range=True on the weights, which leaves them 7 bits"
+        f"x86 CPUs without VNNI overflow where they add products of 8-bit weights, {count} here: "
+        "for such, tune there, or with reduce_range=True on the weights, which leaves them 7 bits"
     )

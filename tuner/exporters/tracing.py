@@ -277,7 +277,8 @@ def _free_axes(
         if fixed and is_asked:
             raise ExportError(
                 f"dynamic_axes: the model computes with axis {fixed[0]} of {name} as the constant "
-                f"{shape[fixed[0]]}: leave it out, or mend the model"
+                f"{shape[fixed[0]]}: leave it out, or mend the model (len(t) and int(…) make "
+                "constants, t.shape does not)"
             )
     return free
 
