@@ -143,7 +143,11 @@ class Example:
             )
         count = self.tensors[self.names.index(name)].dim()
         is_listed = isinstance(axes, Iterable) and not isinstance(axes, str)
-        if not is_listed or not all(isinstance(axis, int) for axis in axes):
+        labels = axes.values() if isinstance(axes, Mapping) else ()
+        are_numbers = is_listed and all(
+            isinstance(axis, int) and not isinstance(axis, bool) for axis in axes
+        )
+        if not are_numbers or not all(isinstance(label, str) and label for label in labels):
             raise ExportError(
                 f"dynamic_axes has {axes!r} for {name}: give the numbers of its axes, [0, 1], or "
                 "names for them, {0: 'batch'}"

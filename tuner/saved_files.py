@@ -11,6 +11,15 @@ from typing import Any
 
 from tuner.errors import SaveError
 
+SAVED_FILES = ("weights.safetensors", "plan.json", "config.json", "result.json")
+"""What the folder of a saved model holds."""
+
+_SEAL = "checksum"
+_ALTERED = (
+    "is truncated or altered: its checksum differs from the one that was saved beside it. Save the "
+    "model again"
+)
+
 
 def cache_folder() -> Path:
     """Return the cache folder: `$XDG_CACHE_HOME/accutune`, by default `~/.cache/accutune`.
@@ -29,6 +38,16 @@ def cache_folder() -> Path:
 def as_json(value: Any) -> bytes:
     """Return a value as the bytes of a JSON file."""
     return json.dumps(value, indent=1).encode()
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """Return an object as the bytes of a JSON file that holds its own checksum."""
+    plain = json.loads(as_json(value))
+    return as_json({**plain, _SEAL: _seal(plain)})
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_files(files: Mapping[str, bytes], target: Path) -> None:
@@ -75,14 +94,23 @@ def read_json(source: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def read_sealed(source: Path, name: str) -> dict[str, Any]:
+    """Return what `sealed` made a file of; raises SaveError where it is missing or altered.
+
+    Files of version 0.1 have no checksum.
+    """
+    value = read_json(source, name)
+    seal = value.pop(_SEAL, None)
+    if seal is not None and seal != _seal(value):
+        raise SaveError(f"{source / name} {_ALTERED}")
+    return value
+
+
 def checked(source: Path, name: str, sums: Mapping[str, str]) -> bytes:
     """Read a file and hold it against its checksum; raises SaveError where they differ."""
     data = _read(source, name)
     if hashlib.sha256(data).hexdigest() != sums.get(name):
-        raise SaveError(
-            f"{source / name} is truncated or altered: its checksum differs from the one that was "
-            "saved beside it. Save the model again"
-        )
+        raise SaveError(f"{source / name} {_ALTERED}")
     return data
 
 

@@ -1,6 +1,7 @@
 """A quantized model on disk: plan, packed weights, configuration and result; no pickle."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,13 +30,23 @@ from tuner.ranges import QParams
 from tuner.recovery.folding import FoldedPair, folded_names, prepare
 from tuner.recovery.scaling import Scaling, prepare_caps
 from tuner.results import TuningResult
-from tuner.saved_files import as_json, checked, checksums, read_json, write_files
+from tuner.saved_files import (
+    SAVED_FILES,
+    as_json,
+    checked,
+    checksums,
+    read_json,
+    read_sealed,
+    sealed,
+    write_files,
+)
 from tuner.saved_formats import check_formats, definitions
 from tuner.schemes import OpConfig, TensorScheme
 from tuner.version import VERSION
 
 _LAYOUT = 1
-_WEIGHTS, _PLAN, _CONFIG, _RESULT = "weights.safetensors", "plan.json", "config.json", "result.json"
+_WEIGHTS, _PLAN, _CONFIG, _RESULT = SAVED_FILES
+_INTEGER = "graph.json"  # beside weights of the same name: what export(target="integer") writes
 _SCALES, _ZERO_POINTS = "activations.scale", "activations.zero_point"
 
 
@@ -53,14 +64,19 @@ class Parts:
 
 def save_parts(parts: Parts, directory: str | Path) -> Path:
     """Write a directory, all of it or nothing; raises SaveError where it cannot."""
-    target = Path(directory)
+    target = _folder(directory)
+    if (target / _INTEGER).exists() and not (target / _CONFIG).exists():
+        raise SaveError(
+            f"{str(target)!r} holds an export for target 'integer', whose {_WEIGHTS} would be "
+            "replaced: give another folder"
+        )
     tensors, activations = _tensors(parts)
     files = {
         _WEIGHTS: save(tensors, {"accutune_layout": str(_LAYOUT)}),
         _RESULT: as_json(parts.result.to_dict()),
         _PLAN: parts.plan.to_json(indent=1).encode(),
     }
-    files[_CONFIG] = as_json(_config(parts, activations, files))
+    files[_CONFIG] = sealed(_config(parts, activations, files))
     try:
         write_files(files, target)
     except OSError as error:
@@ -76,7 +92,7 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
 
     Raises SaveError for a missing, truncated or altered file, PlanError for another architecture.
     """
-    source = Path(directory)
+    source = _folder(directory)
     config = read_json(source, _CONFIG)
     missing = {"folded", "ops", "weights", "activations", "sha256"} - set(config)
     if missing:
@@ -85,6 +101,7 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
         raise SaveError(
             f"{source / _CONFIG}: layout {config.get('layout')!r}, this reads {_LAYOUT}"
         )
+    config = read_sealed(source, _CONFIG)
     contents = {
         name: checked(source, name, config["sha256"]) for name in (_WEIGHTS, _PLAN, _RESULT)
     }
@@ -116,9 +133,15 @@ def load_parts(directory: str | Path, model: nn.Module) -> Parts:
 
 def read_result(directory: str | Path) -> TuningResult:
     """Read the result of a saved directory; raises SaveError where it is damaged."""
-    source = Path(directory)
-    contents = checked(source, _RESULT, read_json(source, _CONFIG).get("sha256", {}))
+    source = _folder(directory)
+    contents = checked(source, _RESULT, read_sealed(source, _CONFIG).get("sha256", {}))
     return TuningResult.from_dict(json.loads(contents))
+
+
+def _folder(directory: object) -> Path:
+    if not isinstance(directory, str | os.PathLike) or not str(directory):
+        raise SaveError(f"directory is {directory!r}: give the path of a folder")
+    return Path(directory)
 
 
 class SavedRanges:
@@ -315,7 +338,16 @@ def _copy(name: str, target: Tensor, value: Tensor | None) -> None:
             f"{name!r} has shape {list(target.shape)} in this model, and {found} was saved for "
             "it: it is a plan for another architecture"
         )
+    if value.dtype != target.dtype:
+        raise PlanError(
+            f"{name!r} is {_type(target)} in this model, and {_type(value)} was saved: load it "
+            f"into a model of that type, model.to({value.dtype})"
+        )
     target.copy_(value)
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _config(parts: Parts, activations: list[Any], files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -229,6 +229,7 @@ def test_a_directory_from_before_there_were_shifts_loads(tmp_path: Path) -> None
     config = json.loads(path.read_text())
     (entry,) = config["scalings"]
     assert entry.pop("shifts") is None
+    del config["checksum"]
     path.write_text(json.dumps(config))
     loaded = quantization.load(tmp_path, net())
     assert loaded._parts.scalings[0].shifts is None

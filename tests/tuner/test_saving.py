@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 from tests.tuner.nets import ALL, Attention, ConvNet, inputs_for, main_output, seeded
 from tuner import Plan, QuantizedModel, TuningConfig, quantization
-from tuner.errors import PlanError, SaveError, TunerError
+from tuner.errors import ExportError, PlanError, SaveError, TunerError
+from tuner.exporters.integer_runner import Runner
+from tuner.saving import read_result
 
 
 def quantized(net: nn.Module, space: str = "mixed-int") -> QuantizedModel:
@@ -128,9 +131,56 @@ def test_directories_of_version_0_1_have_no_format_definitions(tmp_path: Path) -
     model = quantized(seeded(ConvNet))
     out = model.save(tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
-    del config["formats"]
+    del config["formats"], config["checksum"]
     (out / "config.json").write_text(json.dumps(config))
     assert quantization.load(out, ConvNet().eval()).plan == model.plan
+
+
+def test_an_altered_number_of_the_configuration_is_found(tmp_path: Path) -> None:
+    out = quantized(seeded(ConvNet)).save(tmp_path / "out")
+    text = (out / "config.json").read_text()
+    config = json.loads(text)
+    assert config["costs"]["size_bytes"] > 0
+    (out / "config.json").write_text(json.dumps(config))  # the same in another form
+    quantization.load(out, ConvNet().eval())
+    config["costs"]["size_bytes"] += 1
+    (out / "config.json").write_text(json.dumps(config))
+    for read in (lambda: quantization.load(out, ConvNet().eval()), lambda: read_result(out)):
+        with pytest.raises(SaveError, match=r"config.json is truncated or altered"):
+            read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_of_another_type_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    out = quantized(seeded(ConvNet)).save(tmp_path / "out")
+    message = (
+        rf"is {str(dtype)[6:]} in this model, and float32 was saved: .*model.to\(torch.float32\)"
+    )
+    with pytest.raises(PlanError, match=message):
+        quantization.load(out, ConvNet().eval().to(dtype))
+
+
+@pytest.mark.parametrize("directory", [None, 3, ""])
+def test_what_is_no_path_is_refused(directory: Any) -> None:
+    model = quantized(seeded(ConvNet))
+    for call in (lambda: model.save(directory), lambda: quantization.load(directory, ConvNet())):
+        with pytest.raises(
+            SaveError, match=f"directory is {directory!r}: give the path of a folder"
+        ):
+            call()
+
+
+def test_saved_models_and_integer_exports_do_not_replace_each_other(tmp_path: Path) -> None:
+    model = quantized(seeded(ConvNet))
+    model.save(tmp_path / "saved")
+    with pytest.raises(ExportError, match=r"holds a saved model, whose weights.safetensors"):
+        model.export(tmp_path / "saved", target="integer")
+    quantization.load(tmp_path / "saved", ConvNet().eval())
+    model.export(tmp_path / "saved", target="calibration", batches=())  # files of other names
+    model.export(tmp_path / "exported", target="integer", batches=())
+    with pytest.raises(SaveError, match=r"holds an export for target 'integer', whose weights"):
+        model.save(tmp_path / "exported")
+    Runner(tmp_path / "exported")
 
 
 def test_no_such_directory(tmp_path: Path) -> None:

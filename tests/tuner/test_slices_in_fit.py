@@ -106,6 +106,7 @@ def test_affine_zero_points_survive_saving(tmp_path: Path) -> None:
 def test_a_directory_with_another_number_of_scales_is_damaged(tmp_path: Path) -> None:
     searched(TensorScheme(granularity=PerChannel(1)), batches(8)).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    del config["checksum"]
     config["activations"][0][2] += 1
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SaveError, match=r"config.json is damaged: .* 12 scales .* holds 11"):

@@ -113,7 +113,10 @@ def _check_at(traced: Traced, run: Run, label: str, probe: Example, allowed: flo
 
     Differences up to `allowed` say nothing of lengths: there are such on the example itself.
     """
-    expected = traced.simulate(*probe.tensors)
+    try:
+        expected = traced.simulate(*probe.tensors)
+    except Exception:  # nor does the model take that length: its trace computes as it does
+        return
     largest = max((e.double().abs().max().item() for e in expected if e.numel()), default=0.0)
     try:
         why = apart(expected, run(probe.tensors), max(GROSS, allowed / max(largest, 1e-30)))

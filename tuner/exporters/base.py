@@ -51,6 +51,11 @@ class Exporter(ABC):
     rounds_biases: tuple[str, ...] = ()
     is_exact_at_a_cost = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its files in a folder, but for data that go beside them."""
+        return () if self.suffix is None else (f"model{self.suffix}",)
+
     @abstractmethod
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why the target has no low-precision kernel for an op's choice, None if it has."""

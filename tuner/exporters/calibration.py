@@ -67,6 +67,11 @@ class CalibrationExporter(Exporter):
     def __init__(self, tensorrt_version: int = 8601) -> None:
         self.tensorrt_version = tensorrt_version
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its two files."""
+        return RANGES, CACHE
+
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return None: every range can be written down."""
         return None

@@ -1,7 +1,7 @@
 """From a quantized model to an artifact of a target, checked and measured."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tuner.exporters.tracing import ONE_AT_A_TIME, Traced
 from tuner.isolation import isolated_random_state
 from tuner.model import InstrumentedModel
 from tuner.plan import Plan
+from tuner.saved_files import SAVED_FILES
 from tuner.schemes import TensorScheme
 from tuner.tensors import tensors_in
 
@@ -67,7 +68,13 @@ def export_model(
         _refuse_other_types(model)
     sizes = checked_sizes(batches, example)
     is_file = place.suffix == found.suffix
-    with ONE_AT_A_TIME, staged(place, is_file) as stage, isolated_random_state() as random_state:
+    names = () if is_file else found.names
+    _check_saved(place, names)
+    with (
+        ONE_AT_A_TIME,
+        staged(place, is_file, names) as stage,
+        isolated_random_state() as random_state,
+    ):
         traced = faithful_trace(model, example, dynamic_axes)
         request = ExportRequest(
             traced=traced,
@@ -206,6 +213,16 @@ def _check_values(inputs: Any) -> None:
     if any(tensor.is_meta or tensor.isnan().any() for tensor in tensors):
         raise ExportError(
             "example_inputs has NaN or no data: the artifact is compared with the simulation on it"
+        )
+
+
+def _check_saved(folder: Path, names: Iterable[str]) -> None:
+    """Raise ExportError where files in a folder are those of a saved model, and would be lost."""
+    taken = sorted(set(names) & set(SAVED_FILES))
+    if taken and all((folder / name).is_file() for name in SAVED_FILES):
+        raise ExportError(
+            f"{str(folder)!r} holds a saved model, whose {taken[0]} the export would replace: "
+            "give another folder"
         )
 
 

@@ -39,6 +39,11 @@ class IntegerExporter(Exporter):
     target = "integer"
     rounds_biases = ("Linear", "Conv", "ConvTranspose")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its two files."""
+        return GRAPH, WEIGHTS
+
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why an op's choice is no integer arithmetic, None if it is."""
         if config.is_float:

@@ -18,6 +18,7 @@ except ImportError:  # on Windows: what killed exports leave stays there, and no
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".accutune-export-"
+_KEPT = ".kept-"
 _DIGITS = 16
 
 
@@ -92,10 +93,11 @@ class Stage:
     def keep(self, files: Iterable[Path]) -> tuple[Path, ...]:
         """Move files to where they are to be, the first one last; return them there.
 
-        Each replaces at once what was there; a kill between two of them leaves files of two
-        artifacts beside one another, so that the first must name the others by their contents
-        (`data_name`) or hold their `digest`. Data files that the first one named before are removed
-        at the end. Raises CannotWriteError where a folder is in the way; then nothing is moved.
+        Each replaces at once what was there. What was there comes back where one cannot be moved,
+        or Ctrl-C comes between two; a kill between them leaves files of two artifacts beside one
+        another, so that the first must name the others by their contents (`data_name`) or hold
+        their `digest`. Data files that the first one named before are removed at the end. Raises
+        CannotWriteError where a folder is in the way; then nothing is moved.
         """
         home = self._folder.parent
         moves = {path: home / path.name for path in files}
@@ -104,18 +106,45 @@ class Stage:
                 if place.is_dir():
                     raise CannotWriteError(place, f"{place.name} is a folder")
             stale = [data for place in moves.values() for data in _data_of(place)]
-            for path, place in reversed(moves.items()):
-                with writing(place):
-                    os.replace(path, place)
+            _replace(list(reversed(moves.items())), self._folder)
             for data in set(stale) - set(moves.values()):
                 with suppress(OSError):
                     data.unlink()
         return tuple(moves.values())
 
 
+def _replace(moves: list[tuple[Path, Path]], folder: Path) -> None:
+    """Move files to their places, all or none; what was there is kept in `folder` meanwhile."""
+    kept = {place: folder / f"{_KEPT}{index}" for index, (_, place) in enumerate(moves)}
+    with writing(folder / _KEPT):
+        for place, copy in kept.items():
+            if place.exists():
+                _link(place, copy)
+    try:
+        for path, place in moves:
+            with writing(place):
+                os.replace(path, place)
+    except BaseException:
+        for path, place in moves:
+            if not path.exists():  # it is at its place
+                with suppress(OSError):
+                    os.replace(kept[place], place) if kept[place].exists() else place.unlink()
+        raise
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name; where the file system knows none, copy it."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copy2(file, name)
+
+
 @contextmanager
-def staged(path: Path, is_file: bool) -> Iterator[Stage]:
+def staged(path: Path, is_file: bool, names: Iterable[str] = ()) -> Iterator[Stage]:
     """Yield a stage for an artifact that is to be at a path: one file, or files in a folder.
+
+    `names` are those of files in the folder that are known before.
 
     What was not kept when the block ends is gone, however it ends, and so are folders that were
     made for it; what killed processes left there goes first. Raises CannotWriteError at once where
@@ -126,6 +155,9 @@ def staged(path: Path, is_file: bool) -> Iterator[Stage]:
     made = [folder for folder in (home, *home.parents) if not os.path.exists(folder)]
     try:
         _check_kind(path, is_file)
+        for name in names:
+            if os.path.isdir(home / name):
+                raise CannotWriteError(home / name, f"{name} is a folder")
         with writing(home / _PREFIX):
             folder, held = _hidden(home)
         try:

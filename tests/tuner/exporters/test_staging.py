@@ -168,3 +168,42 @@ def test_files_come_to_their_place_where_folders_have_no_locks(tmp_path: Path) -
     subprocess.run([sys.executable, "-c", _WITHOUT_LOCKS, str(path)], check=True)
     assert names(tmp_path) == ["model.onnx"]
     assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_what_was_there_comes_back_where_one_file_cannot_be_moved(
+    error: BaseException, is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {} if is_new else {"graph.json": "old graph", "weights": "old weights"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    replace, moved = os.replace, []
+
+    def broken(path: Path, place: Path) -> None:
+        moved.append(place.name)
+        if len(moved) == 2:
+            raise error
+        replace(path, place)
+
+    with (
+        pytest.raises((CannotWriteError, KeyboardInterrupt)),
+        staged(tmp_path, is_file=False) as stage,
+    ):
+        files = [stage.path / name for name in ("graph.json", "weights")]
+        for path in files:
+            path.write_text("new")
+        monkeypatch.setattr(os, "replace", broken)
+        stage.keep(files)
+    assert moved[:2] == ["weights", "graph.json"]
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == old
+
+
+def test_a_folder_in_a_file_s_place_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").mkdir()
+    message = "cannot write .*model.onnx is a folder"
+    with (
+        pytest.raises(CannotWriteError, match=message),
+        staged(tmp_path, is_file=False, names=["model.onnx"]),
+    ):
+        raise AssertionError("refused too late")
