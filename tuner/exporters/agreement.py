@@ -18,6 +18,12 @@ Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 AS_FAR = 3.0
 """How many times as far as seen once what rounding makes may be: the largest of it varies."""
 
+_FAR = 0.5
+"""Of an output's reach: what is so far apart on the example itself is not rounding,"""
+
+_MANY = 10
+"""unless it is less than so many times the floor."""
+
 _SEEDS = 3
 _LEVELS = 127
 
@@ -27,7 +33,8 @@ def agreement(traced: Traced, run: Run) -> Agreement:
     """Run an artifact and the simulation on the example, and compare their outputs.
 
     Raises ExportError where the artifact gives other outputs than the model: in number, in shape,
-    or NaN; where it changes its inputs; and where it is grossly off at other lengths of free axes.
+    NaN, or floats that no rounding explains; where it changes its inputs; and where it is grossly
+    off at other lengths of free axes.
     """
     inputs = traced.example.tensors
     expected = traced.simulate(*inputs)
@@ -37,11 +44,12 @@ def agreement(traced: Traced, run: Run) -> Agreement:
     _check(traced, expected, found)
     if (why := apart(found, run(inputs))) is not None:
         raise ExportError(f"the artifact gives other outputs when it is run again: {why}")
-    pairs = [_floats(e, f) for e, f in zip(expected, found, strict=True) if e.numel()]
-    differences = [(f - e).abs() for e, f in pairs]
+    pairs = [_floats(e, f) for e, f in zip(expected, found, strict=True)]
+    differences = [(f - e).abs() for e, f in pairs if e.numel()]
     count = sum(d.numel() for d in differences)
     largest = max((d.max().item() for d in differences), default=0.0)
     floor = perturbation_floor(traced, expected)
+    _check_values(traced, expected, pairs, floor)
     for label, probe in probes(traced):
         _check_at(traced, run, label, probe, AS_FAR * max(floor, largest))
     return Agreement(
@@ -97,7 +105,12 @@ def _floats(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _same_argmax(expected: Tensor, found: Tensor) -> float | None:
-    if expected.dim() < 2 or expected.shape[-1] < 2 or not expected.numel():
+    if (
+        expected.dtype == torch.bool
+        or expected.dim() < 2
+        or expected.shape[-1] < 2
+        or not expected.numel()
+    ):
         return None
     return (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
 
@@ -129,6 +142,23 @@ def _check_at(traced: Traced, run: Run, label: str, probe: Example, allowed: flo
         f"the artifact is wrong where the axis {label!r} has another length ({shapes}): {why}. "
         "Give dynamic_axes without that axis"
     )
+
+
+def _check_values(
+    traced: Traced, expected: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]], floor: float
+) -> None:
+    """Raise ExportError where outputs are much further apart than disturbances move them."""
+    rows = zip(traced.outputs, expected, pairs, reaches(expected), strict=True)
+    for name, output, (wanted, found), reach in rows:
+        if not output.is_floating_point() or not output.numel():
+            continue
+        difference = (found - wanted).abs().max().item()
+        if difference > max(_FAR * reach, _MANY * floor):
+            raise ExportError(
+                f"the artifact's output {name!r} is {difference:.3g} from the simulation, whose "
+                f"largest value is {reach:.3g}, and a disturbance of 1e-6 moves it by {floor:.3g}: "
+                "the runtime computes something else"
+            )
 
 
 def _check(traced: Traced, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:

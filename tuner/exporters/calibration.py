@@ -57,9 +57,10 @@ class CalibrationExporter(Exporter):
     is TensorRT's text: the line TRT-<version>-EntropyCalibration2, then `name: scale` for each
     activation, the scale as eight hexadecimal digits of a big-endian IEEE-754 single. It is that of
     symmetric int8, max(|min|, |max|) / 127, whatever the bits of the plan. Names are those of the
-    tensors in the traced graph, which an ONNX export of the same graph keeps; where a tensor has
-    several ranges the widest counts. TensorRT 10 takes a cache only with the number of its own
-    version in the first line: give it as `tensorrt_version`.
+    tensors in the traced graph; a file that TensorRT is to read with the cache may call some of
+    them otherwise, which must be mapped. Where a tensor has several ranges the widest counts.
+    TensorRT 10 takes a cache only with the number of its own version in the first line: give it as
+    `tensorrt_version`.
     """
 
     target = "calibration"

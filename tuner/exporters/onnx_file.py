@@ -178,10 +178,10 @@ def _tell_apart(model: ir.Model) -> None:
     """Rename values within the graph that are called like one of its inputs or outputs."""
     ends = {*model.graph.inputs, *model.graph.outputs}
     names = {value.name for value in ends}
-    for node in model.graph:
-        for value in node.outputs:
-            if value not in ends and value.name in names:
-                value.name = f"{value.name}_within"
+    inner = [value for node in model.graph for value in node.outputs]
+    for value in [*inner, *model.graph.initializers.values()]:
+        if value not in ends and value.name in names:
+            value.name = f"{value.name}_within"
 
 
 def _name_axes(model: ir.Model, dynamic: Mapping[str, Mapping[int, str]]) -> None:

@@ -198,10 +198,20 @@ def trace(model: InstrumentedModel, example: Example, dynamic_axes: Axes | None 
         raise ExportError(why) from error
     dynamic = _free_axes(program, example, wanted, dynamic_axes is not None)
     graph = functional(program)
+    _name_apart(graph, example.names)
     _check_reached(graph, quantizers)
     weights = tuple(_weights(twin, graph))
     names = told_apart(outputs, example.names)
     return Traced(graph, example, names, quantizers, weights, dynamic)
+
+
+def _name_apart(graph: fx.GraphModule, inputs: Iterable[str]) -> None:
+    """Rename nodes that are called like an input: artifacts know both by their names."""
+    names = set(inputs)
+    for node in graph.graph.nodes:
+        if node.op != "placeholder" and node.name in names:
+            node._rename(f"{node.name}_within")
+    graph.recompile()
 
 
 def functional(program: ExportedProgram) -> fx.GraphModule:

@@ -1,5 +1,6 @@
 """A trace that computes otherwise than the model is refused, or its axes are fixed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from tuner import TuningConfig, quantization
 from tuner.errors import ExportError
 from tuner.example import Example
+from tuner.exporters.agreement import agreement
 from tuner.exporters.probes import apart, faithful_trace, probes
 from tuner.exporters.tracing import Traced
 from tuner.quantized_model import QuantizedModel
@@ -160,3 +162,40 @@ def test_a_model_with_an_output_that_cancels_is_tuned_and_exported(
     report = tuned.export(tmp_path / "out", target=target, batches=())
     assert report.agreement.argmax == 1.0
     assert report.agreement.floor > 0
+
+
+def test_nodes_called_like_an_input_get_another_name() -> None:
+    class Named(Two):
+        def forward(self, relu: Tensor) -> Tensor:
+            return self.b(self.a(relu).relu())
+
+    found = traced(Named())
+    names = [node.name for node in found.module.graph.nodes]
+    assert found.example.names == ("relu",)
+    assert "relu_within" in names
+    assert len(set(names)) == len(names)
+    assert torch.equal(found.simulate(X)[0], Named.forward(tuned(Named()).model, X))
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_floats_that_no_rounding_explains_are_refused(share: float) -> None:
+    found = traced(Two())
+
+    def shifted(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        (out,) = found.simulate(*inputs)
+        return [out + share * out.abs().max()]
+
+    if share < 0.5:
+        assert agreement(found, shifted).max_abs > 0
+        return
+    with pytest.raises(ExportError, match=r"output 'output' is .* the runtime computes something"):
+        agreement(found, shifted)
+
+
+def test_booleans_are_compared_too() -> None:
+    class Signs(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) > 0
+
+    found = traced(Signs())
+    assert agreement(found, lambda inputs: found.simulate(*inputs)).argmax is None
