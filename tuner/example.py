@@ -87,9 +87,13 @@ class Example:
         return Example(self.names, tuple(tensors), self._call)
 
     def tensors_to_trace(self) -> tuple[Tensor, ...]:
-        """Return the tensors, a batch of one doubled: its length would be taken for a constant."""
+        """Return the tensors, contiguous, a batch of one doubled.
+
+        Its length would be taken for a constant, and so would the order of others in memory.
+        """
         firsts = {t.shape[0] for t in self.tensors if t.dim()}
-        return self.with_batch(2).tensors if firsts == {1} else self.tensors
+        tensors = self.with_batch(2).tensors if firsts == {1} else self.tensors
+        return tuple(tensor.contiguous() for tensor in tensors)
 
     def why_no_batch(self, run: Callable[..., Any]) -> str | None:
         """Return why `tensors_to_trace` fail, though the example's own are well: they are no batch.
@@ -97,7 +101,7 @@ class Example:
         None where that is not so. `run` takes tensors as the model does.
         """
         doubled = self.tensors_to_trace()
-        if doubled is self.tensors:
+        if [len(t) for t in doubled if t.dim()] == [len(t) for t in self.tensors if t.dim()]:
             return None
         try:
             run(*doubled)

@@ -35,13 +35,24 @@ def artifact_model(model: InstrumentedModel, example: Example, run: Run) -> nn.M
                 f"the artifact takes {', '.join(example.names)}, and eval_func gives "
                 f"{', '.join(call.names)}: export with example_inputs of such a call"
             )
-        found = iter(run(call.tensors))
+        _check_types(example, call)
+        found = iter(run([tensor.contiguous() for tensor in call.tensors]))
         filled = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(filled, spec)
 
     user.__dict__.pop("forward", None)
     set_class(user, subclassed(type(user), {"forward": forward}))
     return user.eval()
+
+
+def _check_types(example: Example, call: Example) -> None:
+    """Refuse inputs of other types than the artifact takes: some runtimes would misread them."""
+    for name, wanted, given in zip(example.names, example.tensors, call.tensors, strict=True):
+        if wanted.dtype != given.dtype:
+            raise ExportError(
+                f"the artifact takes {name} as {wanted.dtype}, and eval_func gives {given.dtype}: "
+                "export with example_inputs of that type"
+            )
 
 
 def _check(output: Any, leaves: list[Any]) -> None:

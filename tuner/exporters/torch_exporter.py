@@ -224,5 +224,6 @@ def _kernels(graph: fx.GraphModule, found: int) -> str:
 def _order(traced: Traced) -> str:
     return (
         f"The package takes {', '.join(traced.example.names)} and returns "
-        f"{', '.join(traced.outputs)}, in this order"
+        f"{', '.join(traced.outputs)}, in this order. It reads contiguous tensors of the types and "
+        "fixed lengths that it was exported with, and checks none of that"
     )

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from tuner.exporters.saturation import LARGEST, is_depthwise
 from tuner.exporters.torch_eager import saturates
+from tuner.exporters.torch_forms import as_image, normalize, widen
 from tuner.exporters.torch_fusion import flatten_layers
 from tuner.exporters.torch_joining import join_layers
 from tuner.exporters.torch_spelling import SpelledMarker, Speller, aten, copied, decomposed
@@ -65,6 +66,7 @@ def spelled_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
     With `bf16`, products that are not computed with integers are computed in bfloat16.
     """
     module = copied(traced.module)
+    normalize(module)
     by_name = {node.name: node for node in module.graph.nodes}
     weights: set[fx.Node] = set()
     for index, weight in enumerate(traced.weights):
@@ -74,7 +76,9 @@ def spelled_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
         _spell_activation(module, node, traced.quantizers[str(node.args[1])], weights)
     for node in list(module.graph.nodes):
         if node.target in _CONVOLUTIONS and _is_integer(node):
-            _widen(module, node)
+            widen(module, node)
+            if node.target is aten.conv1d.default:
+                as_image(module, node)
     join_layers(module, _quantized_layers(module))
     flatten_layers(module, _quantized_layers(module))
     if bf16:
@@ -199,34 +203,6 @@ def _spell_tokens(
     if bias is not None:
         result = speller.call(aten.add.Tensor, result, bias)
     product.replace_all_uses_with(result)
-
-
-def _widen(module: fx.GraphModule, node: fx.Node) -> None:
-    """Give a convolution of one channel a second one of zeros.
-
-    With one channel the compiler takes a tensor's memory for channels first, the integer kernel
-    for channels last, where the batch is dynamic: it would compute on mixed up values.
-    """
-    quantized, weight = _first(node.args[0]), node.args[1]  # type: ignore[arg-type]
-    assert quantized is not None
-    assert isinstance(weight, fx.Node)
-    codes = weight.args[0]
-    assert isinstance(codes, fx.Node)
-    values = getattr(module, str(codes.target))
-    if values.shape[1] != 1 or (len(node.args) > 6 and node.args[6] != 1):
-        return
-    speller = Speller(module, node)
-    wider = torch.cat([values, torch.zeros_like(values)], dim=1)
-    padding = [0, 0] * (values.dim() - 2) + [0, 1]
-    x = speller.call(aten.constant_pad_nd.default, quantized.args[0], padding, 0.0)
-    again = speller.call(quantized.target, x, *quantized.args[1:])
-    restored = node.args[0]
-    assert isinstance(restored, fx.Node)
-    x = speller.call(restored.target, again, *restored.args[1:])
-    constant = speller.constant(f"{codes.target}_wider", wider)
-    values = speller.call(weight.target, constant, *weight.args[1:])
-    node.update_arg(0, x)
-    node.update_arg(1, values)
 
 
 def _is_integer(node: fx.Node) -> bool:

@@ -121,8 +121,8 @@ def load_package(path: Path) -> Run:
         package = aoti_load_package(str(path))
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        with torch.no_grad():
-            found = package(*inputs)
+        with torch.no_grad():  # a package reads memory as if it were contiguous
+            found = package(*(tensor.contiguous() for tensor in inputs))
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
     return run

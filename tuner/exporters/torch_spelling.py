@@ -180,5 +180,7 @@ class Speller:
         clamped = self.call(aten.clamp.default, steps, low, high)
         shifted = self.call(aten.add.Tensor, clamped, _SHIFT)
         codes = self.call(aten.to.dtype, shifted, torch.uint8)
+        # the compiler fails at products of permuted tensors whose lengths are free
+        codes = self.call(aten.contiguous.default, codes)
         ones = 1.0, _SHIFT
         return self.call(decomposed.dequantize_per_tensor.default, codes, *ones, *_UINT8), scale
