@@ -98,7 +98,6 @@ FUNCTIONS |= {
     "abs": lambda self: np.abs(self),
     "neg": lambda self: -self,
     "floor": lambda self: np.floor(self),
-    "round": lambda self: np.rint(self),
     "sign": lambda self: np.sign(self),
     "isneginf": lambda self: np.isneginf(self),
     "isinf": lambda self: np.isinf(self),
@@ -106,6 +105,14 @@ FUNCTIONS |= {
     "bitwise_not": lambda self: np.invert(self),
     "logical_not": lambda self: np.logical_not(self),
 }
+
+
+@function("round")
+def _round(self: Array, decimals: int = 0) -> Array:
+    if not decimals:
+        return np.rint(self)
+    power = like(self, np.asarray(10.0 ** abs(decimals)))
+    return np.rint(self * power) / power if decimals > 0 else np.rint(self / power) * power
 
 
 @function("gelu")

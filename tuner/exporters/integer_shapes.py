@@ -215,6 +215,12 @@ def _stack(tensors: list[Array], dim: int = 0) -> Array:
 def _pad(self: Array, pad: list[int], mode: str = "constant", value: float | None = None) -> Array:
     pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]
     edges = [*[(0, 0)] * (self.ndim - len(pairs)), *reversed(pairs)]
+    # torch crops where padding is negative
+    kept = (
+        slice(max(-a, 0), size - max(-b, 0)) for (a, b), size in zip(edges, self.shape, strict=True)
+    )
+    self = self[tuple(kept)]
+    edges = [(max(before, 0), max(after, 0)) for before, after in edges]
     if mode == "constant":
         return np.pad(self, edges, constant_values=value or 0)
     names = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -290,10 +296,17 @@ def _upsample_nearest2d(
     out: Array = self if input is None else input
     for axis in (2, 3):
         length = out.shape[axis]
-        size = (
-            int(length * scale_factors[axis - 2]) if output_size is None else output_size[axis - 2]
-        )
-        out = out.take(np.arange(size) * length // size, axis=axis)
+        if output_size is None:
+            size = int(length * scale_factors[axis - 2])
+            step = np.float32(1 / scale_factors[axis - 2])
+        else:
+            size = output_size[axis - 2]
+            step = np.float32(length) / np.float32(size)
+        if size == length:  # whatever the scale
+            continue
+        # as torch finds the sources, in fp32
+        sources = np.floor(np.arange(size, dtype=np.float32) * step).astype(np.int64)
+        out = out.take(np.minimum(sources, length - 1), axis=axis)
     return out
 
 

@@ -158,6 +158,10 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.arange.start_step, (1, 9, 2)),
     (aten.scalar_tensor.default, (0.5,)),
     (aten.upsample_nearest2d.default, (IMAGE, [14, 12])),
+    *((aten.upsample_nearest2d.vec, (IMAGE, None, [s, s])) for s in (0.7, 1.1, 1.3, 2.0, 2.5, 3.3)),
+    *((aten.upsample_nearest2d.default, (IMAGE, [n, n + 3])) for n in range(3, 60, 4)),
+    *((aten.constant_pad_nd.default, (X, pad, 2.0)) for pad in ([-1, 2], [1, -2, -1, -1])),
+    *((aten.round.decimals, (X, d)) for d in (1, 2, -1)),
 ]  # fmt: skip
 
 
