@@ -68,6 +68,7 @@ ORDER = (
     ("quantization", "recipes"),
     ("cli_tasks", "cli_export"),
     ("cli",),
+    ("__main__",),
 )
 RANKS = {f"tuner.{name}": rank for rank, names in enumerate(ORDER) for name in names}
 

@@ -201,15 +201,22 @@ def _blocks(calls: Mapping[str, Call]) -> list[Mapping[str, Timing]]:
     return [interleaved(calls, rounds, warm_up=0) for _ in range(count)]
 
 
-def latency_model(
-    model: InstrumentedModel, exporter: Exporter | None, example: Example | None
-) -> LatencyModel:
-    """Return the latency model for a target; raises ExportError where there is nothing to time."""
+def timed_target(exporter: Exporter | None) -> Exporter:
+    """Return a target that can be timed; raises ExportError for none, and for those without one."""
     if exporter is None:
         raise ExportError(
             "objective='latency' is the latency in a runtime: name it, "
             "TuningConfig(objective='latency', target='onnxruntime')"
         )
+    _ = exporter.runtime  # which raises where there is none
+    return exporter
+
+
+def latency_model(
+    model: InstrumentedModel, exporter: Exporter | None, example: Example | None
+) -> LatencyModel:
+    """Return the latency model for a target; raises ExportError where there is nothing to time."""
+    exporter = timed_target(exporter)
     if example is None:
         raise ExportError("objective='latency' takes calibration batches that hold tensors")
     return LatencyModel(model, exporter, example)

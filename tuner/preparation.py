@@ -19,7 +19,7 @@ from tuner.example import Example
 from tuner.exporters.exporting import check_model
 from tuner.exporters.targets import exporter
 from tuner.graph import OpGraph
-from tuner.latency import LatencyModel, circumstances, latency_model
+from tuner.latency import LatencyModel, circumstances, latency_model, timed_target
 from tuner.model import InstrumentedModel
 from tuner.narrow_sums import within_sums
 from tuner.observe import CalibratedRanges, Watcher
@@ -107,6 +107,8 @@ class Preparation:
         self._data = DataPass(self.model, loader, forward, config.calib_samples, keep=SAMPLES)
         self._candidates: Candidates = {}
         self._exporter = None if config.target is None else exporter(config.target)
+        if config.objective == "latency":
+            timed_target(self._exporter)
         self._ties = NO_TIES
         self._latency: LatencyModel | None = None
 

@@ -41,7 +41,8 @@ class Exporter(ABC):
     of would overflow. `reads_sums` tells whether its integer convolutions want residual sums with
     quantized inputs, `adds_before_rounding` whether one of them adds to its own output before that
     is rounded, and `rounds_biases` names the ops that count biases in steps of input scale × weight
-    scale, as "Conv" for those of any number of axes.
+    scale, as "Conv" for those of any number of axes. `checked_by` is the target whose kernels run
+    its artifacts here, where that is another one.
     """
 
     target: str
@@ -50,6 +51,7 @@ class Exporter(ABC):
     adds_before_rounding = False
     rounds_biases: tuple[str, ...] = ()
     is_exact_at_a_cost = False
+    checked_by: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -90,8 +90,9 @@ def export_model(
             asking = replace(request, evaluate=_of_artifact(model, example, evaluate))
             report = with_metric_floor(found.export(asking), model, evaluate)
         files = stage.keep(report.files)
+    runtime = found if found.checked_by is None else exporter(found.checked_by)
     fixed = () if dynamic_axes is not None else tuple(_fixed_axes(traced))
-    notes = (*report.notes, *fixed, *_rounded_otherwise(found, model, plan))
+    notes = (*report.notes, *fixed, *_rounded_otherwise(runtime, model, plan))
     return replace(report, files=files, notes=notes)
 
 

@@ -44,6 +44,7 @@ class OnnxExporter(Exporter):
     target = "onnx"
     suffix = SUFFIX
     reads_sums = True
+    checked_by = "onnxruntime"
 
     def why_not(self, op: Op, config: OpConfig) -> str | None:
         """Return why ONNX cannot say what an op's choice does, None if it can."""

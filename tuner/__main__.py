@@ -1,0 +1,6 @@
+"""`python -m tuner`: the command line."""
+
+from tuner.cli import run
+
+if __name__ == "__main__":
+    run()
