@@ -151,7 +151,8 @@ def check_layers(layers: Sequence[LayerAgreement]) -> None:
         raise ExportError(
             f"target integer: {len(bad)} of {len(layers)} quantized tensors are more than one step "
             f"from the simulation, {worst.name} by {worst.max_steps:.3g}: nothing was written. "
-            "Leave that op float, or give it fewer bits"
+            "Leave that op float, or give it fewer bits; where a layer before it has a bias, "
+            "OpConfig(bias=…) of the format int32 rounds that in the plan, too"
         )
 
 

@@ -12,14 +12,15 @@ _PRODUCTS = ("Linear", "matmul")
 
 def why_not_integer(op: Op, config: OpConfig) -> str | None:
     """Return why an op's choice is not computed with integers, None where it is."""
+    if op.type not in (*_LOOKUPS, *_CONVOLUTIONS, *_PRODUCTS):
+        return f"PyTorch has no integer kernel for {op.type} on CPU"
+    is_lookup = op.type in _LOOKUPS
+    if not is_lookup and (not op.weights or len(op.activations) != 1):
+        return "PyTorch has no integer kernel for a product of two activations on CPU"
     if config.is_float:
         return "the plan keeps it in FP32"
-    if op.type in _LOOKUPS:
+    if is_lookup:
         return _why_no_lookup(config.weight)
-    if op.type not in (*_CONVOLUTIONS, *_PRODUCTS):
-        return f"PyTorch has no integer kernel for {op.type} on CPU"
-    if not op.weights or len(op.activations) != 1:
-        return "PyTorch has no integer kernel for a product of two activations on CPU"
     if config.weight is None:
         return "integer kernels need a quantized weight as well"
     if op.type in _CONVOLUTIONS and op.input_shapes and len(op.input_shapes[0]) == _axes(op) + 1:

@@ -24,7 +24,12 @@ from tuner.exporters.staging import CannotWriteError, file_of, writing
 from tuner.exporters.timing import latencies
 from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import load_program, saturates, save_program
-from tuner.exporters.torch_graph import integer_products, overflowing, spelled_graph
+from tuner.exporters.torch_graph import (
+    changed_before,
+    integer_products,
+    overflowing,
+    spelled_graph,
+)
 from tuner.exporters.torch_latency import compiled_baselines, eager, one_thread
 from tuner.exporters.torch_layers import layer_agreement
 from tuner.exporters.torch_package import (
@@ -131,7 +136,7 @@ class TorchExporter(Exporter):
         return latencies(traced, run, eager(traced), batches, baselines)
 
     def _left_float(self, request: ExportRequest) -> Iterator[LeftFloat]:
-        in_float = overflowing(request.traced)
+        in_float, changed = overflowing(request.traced), changed_before(request.traced)
         for name, op in request.ops.items():
             if not op.by_default or not (op.weights or op.products):
                 continue
@@ -139,6 +144,8 @@ class TorchExporter(Exporter):
             reason = self.why_not(op, config)
             if reason is None and config.inputs is not None and name in in_float:
                 reason = advice(self.target)
+            if reason is None and config.inputs is not None and name in changed:
+                reason = "what it reads is changed after it was quantized (padded, for example)"
             if reason is not None:
                 yield LeftFloat(name, reason)
 

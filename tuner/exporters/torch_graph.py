@@ -118,6 +118,28 @@ def overflowing(traced: Traced) -> set[str]:
     return found
 
 
+def changed_before(traced: Traced) -> set[str]:
+    """Return the ops whose quantized input another op changes before they multiply it, as padding
+    does: no integer kernel reads what that gives.
+    """
+    by_name = {node.name: node for node in traced.module.graph.nodes}
+    found: set[str] = set()
+    for weight in traced.weights:
+        products = [user for name in weight.nodes for user in _products(by_name[name])]
+        if products and not any(_reads_marker(product) for product in products):
+            found.update(weight.ops)
+    return found
+
+
+def _products(weight: fx.Node) -> Iterator[fx.Node]:
+    """Yield the products that read a weight, as it is or turned."""
+    for user in weight.users:
+        if user.target in _TURNING:
+            yield from _products(user)
+        elif user.target in PRODUCTS:
+            yield user
+
+
 def _reads_marker(user: fx.Node) -> bool:
     """Whether a weight's user is a product with quantized activations: a kernel's, of int8."""
     return any(is_marker(operand) for operand in user.all_input_nodes)

@@ -147,3 +147,25 @@ def test_ranges_are_no_share_of_the_model(tmp_path: Path) -> None:
     assert report.size_ratio is None
     assert "of FP32" not in report.summary()
     assert report.to_dict()["float_size_bytes"] is None
+
+
+def test_an_input_called_like_an_op_has_a_range_of_its_own(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, relu: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(relu)))
+
+    torch.manual_seed(0)
+    tuned = quantization.fit(Named().eval(), [100 * X], config=TuningConfig())
+    tuned.export(tmp_path, target="calibration", batches=())
+    _, *lines = (tmp_path / "calibration.cache").read_text().split()
+    scales = {key.rstrip(":"): value for key, value in zip(lines[::2], lines[1::2], strict=True)}
+    found, inner = (
+        struct.unpack(">f", bytes.fromhex(scales[name]))[0] for name in ("relu", "relu_within")
+    )
+    # the range of an affine scheme ends at a code
+    assert found == pytest.approx(100 * X.abs().max().item() / 127, rel=0.01)
+    assert inner < 0.8 * found

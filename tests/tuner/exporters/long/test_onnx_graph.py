@@ -1,5 +1,6 @@
 """Whole models as QDQ: equal to the simulation, small, and free where they are said to be."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.tuner.exporters.onnx_nets import (
     scheme,
     tokens,
 )
-from tuner import OpConfig, PerChannel
+from tuner import OpConfig, PerChannel, TuningConfig, quantization
 
 ROUNDING = 1e-5
 
@@ -256,3 +257,22 @@ def test_norms_are_reestimated_before() -> None:
     )
     model = exported(net, floats(4, 3, 8, 8), only({"0": config, "3": STATIC}))
     assert worst(model) < ROUNDING
+
+
+def test_an_input_called_like_an_initializer(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        """A head that is the table turned, which is called t in the graph, as the input is."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(20, 16), nn.LayerNorm(16)
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.norm(self.table(t)) @ self.table.weight.t()
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 20, (4, 6))
+    model = quantization.fit(Tied().eval(), [ids], config=TuningConfig())
+    report = model.export(tmp_path, target="onnxruntime", batches=())
+    assert report.agreement is not None
+    assert report.agreement.max_abs <= 3 * report.agreement.floor

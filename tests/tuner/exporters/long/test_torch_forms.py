@@ -117,3 +117,23 @@ def test_what_lies_otherwise_in_memory_is_read_as_it_is_meant(tmp_path: Path) ->
         expected = model(images)
         for found in (*seen, *run([images]), *run([images.contiguous()])):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_report_names_what_is_changed_between_quantizer_and_product(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(4, 8, 3, padding=1),
+        nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
+        nn.Flatten(),
+        nn.Linear(72, 6),
+        nn.Unflatten(1, (2, 3)),
+        nn.GRU(3, 4, batch_first=True),
+    )
+    model = quantization.fit(net.eval(), [normal(6, 4, 9)], config=TuningConfig(target="torch"))
+    report = model.export(tmp_path, target="torch", batches=())
+    found = {left.op: left.reason for left in report.left_float}
+    assert found == {
+        "1": "what it reads is changed after it was quantized (padded, for example)",
+        "5": "PyTorch has no integer kernel for GRU on CPU",
+    }
+    assert "2 integer kernels" in "".join(report.notes)
