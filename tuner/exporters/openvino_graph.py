@@ -15,6 +15,7 @@ from tuner.exporters.onnx_file import OnnxModel
 
 _MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "MaxPool")
 _EXTREMES = ("ReduceMax", "ReduceMin", "GlobalMaxPool")
+_TINY = np.float32(1e-30)
 _AFFINE = ("Add", "Sub", "Mul", "Div")
 _HOSTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "LayerNormalization")
 """Ops whose kernels take in what follows them, and quantize right."""
@@ -27,6 +28,9 @@ def fusible(model: OnnxModel) -> OnnxModel:
     for node in list(graph):
         if is_quantized and (node.op_type in _EXTREMES or _is_merged(node)):
             _part(graph, node)
+        elif is_quantized and node.op_type == "Conv":
+            _add_bias(graph, node)
+            _pad_in_float(graph, node)
         elif node.op_type == "MatMul":
             _drop_axis(node)
             _transpose_keys(graph, node)
@@ -64,13 +68,64 @@ def _is_merged(node: ir.Node) -> bool:
 def _part(graph: ir.Graph, node: ir.Node) -> None:
     """Keep the quantizer that follows out of a kernel which has wrong values with it."""
     found = node.outputs[0]
-    kept = ir.node("Max", [found, found])
-    kept.name = kept.outputs[0].name = f"{node.name}_kept"
-    kept.outputs[0].type, kept.outputs[0].shape = found.type, found.shape
+    kept = _kept(found, str(node.name))
     graph.insert_after(node, kept)
     for usage in found.uses():
         if usage.node is not kept:
             usage.node.replace_input_with(usage.idx, kept.outputs[0])
+
+
+def _kept(value: ir.Value, name: str) -> ir.Node:
+    """Return a node that gives the same values, and that nothing is fused through."""
+    kept = ir.node("Max", [value, value])
+    kept.name = kept.outputs[0].name = f"{name}_kept"
+    kept.outputs[0].type, kept.outputs[0].shape = value.type, value.shape
+    return kept
+
+
+def _add_bias(graph: ir.Graph, convolution: ir.Node) -> None:
+    """Give a convolution that is read twice a bias: without, OpenVINO counts its scales twice.
+
+    It is too small to change a sum, but not 0, which would be dropped.
+    """
+    weight, result = convolution.inputs[1], convolution.outputs[0]
+    given = convolution.inputs[2] if len(convolution.inputs) > 2 else None
+    bias = _constant(convolution, 2)
+    if given is not None and (bias is None or bias.any()):
+        return
+    if len(result.uses()) + result.is_graph_output() < 2:
+        return
+    assert weight is not None and weight.shape is not None
+    channels = int(weight.shape[0])
+    tiny = ir.tensor(np.full(channels, _TINY), name=f"{convolution.name}_no_bias")
+    added = ir.Value(
+        name=tiny.name,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([channels]),
+        const_value=tiny,
+    )
+    graph.register_initializer(added)
+    convolution.resize_inputs(3)
+    convolution.replace_input_with(2, added)
+
+
+def _pad_in_float(graph: ir.Graph, convolution: ir.Node) -> None:
+    """Keep codes from a convolution that sees nothing but padding somewhere.
+
+    What its integer kernels subtract there for the zero point of the input is not defined.
+    """
+    weight, values = convolution.inputs[1], convolution.inputs[0]
+    pads = convolution.attributes.get("pads")
+    if pads is None or weight is None or weight.shape is None or values is None:
+        return
+    lengths = [int(length) for length in weight.shape[2:]]
+    spread = convolution.attributes.get("dilations")
+    dilations = [1] * len(lengths) if spread is None else spread.as_ints()
+    reach = [(length - 1) * d + 1 for length, d in zip(lengths, dilations, strict=True)]
+    if any(pad >= r for pad, r in zip(pads.as_ints(), reach * 2, strict=True)):
+        kept = _kept(values, f"{convolution.name}_input")
+        graph.insert_before(convolution, kept)
+        convolution.replace_input_with(0, kept.outputs[0])
 
 
 def _drop_axis(product: ir.Node) -> None:

@@ -314,3 +314,49 @@ def test_numbers_of_columns_are_not_merged_into_a_quantizer(
     model = quantization.fit(Columns(combine).eval(), [x], config=config)
     report = model.export(tmp_path / "model.onnx", target="openvino", batches=())
     assert max(layer.max_steps for layer in report.layers) < 0.01
+
+
+class ReadTwice(nn.Module):
+    """A convolution that two others read, one of them through an activation."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(torch.cat([torch.tanh(y), y], 1)).flatten(2).mean(2)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("bias", ["none", "zeros", "some"])
+def test_scales_of_a_convolution_that_is_read_twice_count_once(
+    bias: str, axes: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    first = convolution(3, 6, 3, bias=bias != "none")
+    if bias == "zeros":
+        nn.init.zeros_(first.bias)
+    x = torch.randn(8, 3, *[8] * axes)
+    net = ReadTwice(first, convolution(12, 4, 3)).eval()
+    model = quantization.fit(net, [x], config=TuningConfig(target="openvino"))
+    report = model.export(tmp_path / "model.onnx", target="openvino", batches=())
+    assert max(layer.max_steps for layer in report.layers) <= 1
+    assert not report.left_float
+
+
+@pytest.mark.parametrize(
+    ("length", "padding", "dilation", "is_float"),
+    [(3, 1, 1, False), (3, 3, 1, True), (2, 2, 2, False), (2, 3, 2, True)],
+)
+def test_a_convolution_of_nothing_but_padding_is_float(
+    length: int, padding: int, dilation: int, is_float: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, length, padding=padding, dilation=dilation), nn.Flatten())
+    x = torch.randn(8, 1, 12, 12)
+    model = quantization.fit(net.eval(), [x], config=TuningConfig(target="openvino"))
+    report = model.export(tmp_path / "model.onnx", target="openvino", batches=())
+    assert max(layer.max_steps for layer in report.layers) <= 1
+    assert bool(report.left_float) == is_float
