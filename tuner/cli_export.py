@@ -16,7 +16,7 @@ from tuner.errors import TunerError
 from tuner.example import Example
 from tuner.exporters.benchmark import BenchmarkRow, benchmark
 from tuner.exporters.exporting import example_of
-from tuner.exporters.targets import targets
+from tuner.exporters.targets import exporter, targets
 from tuner.quantization import load
 from tuner.quantized_model import QuantizedModel
 
@@ -82,7 +82,7 @@ def bench(
 ) -> None:
     """Time a saved model: FP32 in torch, FP32 and quantized in the runtime, in turns.
 
-    The runtime of target torch is its compiler.
+    The runtime of target torch is its compiler, where there is one.
     """
     model, loader, _ = _restored(directory, function, recipe)
     example = _first(model, loader)
@@ -121,7 +121,8 @@ def _contenders(target: str) -> tuple[str, str, str]:
     if not target.startswith("torch"):
         return "FP32 torch, ms", f"FP32 {target}, ms", f"quantized {target}, ms"
     unquantized = "BF16" if target.endswith(_BF16) else "FP32"
-    return "FP32 eager, ms", f"{unquantized} compiled, ms", "quantized compiled, ms"
+    how = "op by op" if exporter(target).runtime.endswith("eager") else "compiled"
+    return "FP32 eager, ms", f"{unquantized} {how}, ms", f"quantized {how}, ms"
 
 
 def _bench_table(rows: Iterable[BenchmarkRow], target: str) -> Table:

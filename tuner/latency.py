@@ -22,7 +22,7 @@ from tuner.exporters.base import Call, Exporter
 from tuner.exporters.batch_sizes import check_batch
 from tuner.exporters.probes import faithful_trace
 from tuner.exporters.timing import Timing, interleaved, round_ms
-from tuner.exporters.torch_latency import eager
+from tuner.exporters.torch_graph import eager
 from tuner.exporters.tracing import Traced, trace
 from tuner.kernels.build import processor
 from tuner.model import InstrumentedModel

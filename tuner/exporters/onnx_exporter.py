@@ -191,9 +191,13 @@ def written(
     )
 
 
-def check_float(traced: Traced, load: Callable[[Path | bytes], Session]) -> None:
-    """Raise ExportError where a runtime does not run the FP32 model as it is."""
-    session = to_onnx(float_graph(traced), traced).load(load)
+def check_float(
+    traced: Traced,
+    load: Callable[[Path | bytes], Session],
+    spell: Callable[[OnnxModel], OnnxModel] = lambda model: model,
+) -> None:
+    """Raise ExportError where a runtime does not run the FP32 model as it is, spelled for it."""
+    session = spell(to_onnx(float_graph(traced), traced)).load(load)
     tensors = traced.example.tensors
     if (why := apart(traced.simulate(*tensors), session.run(tensors))) is not None:
         raise ExportError(f"the runtime computes this model otherwise than PyTorch: {why}")

@@ -46,7 +46,7 @@ class OpenVinoExporter(Exporter):
 
     def check(self, traced: Traced) -> None:
         """Raise ExportError where OpenVINO does not run a model, or not once it is quantized."""
-        check_float(traced, OpenVinoSession)
+        check_float(traced, OpenVinoSession, fusible)
         if (why := next(_misread(traced), None)) is not None:
             raise ExportError(why)
 

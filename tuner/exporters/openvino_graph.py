@@ -28,9 +28,10 @@ def fusible(model: OnnxModel) -> OnnxModel:
     for node in list(graph):
         if is_quantized and (node.op_type in _EXTREMES or _is_merged(node)):
             _part(graph, node)
-        elif is_quantized and node.op_type == "Conv":
-            _add_bias(graph, node)
-            _pad_in_float(graph, node)
+        elif node.op_type == "Conv":
+            _pad_apart(graph, node)
+            if is_quantized:
+                _add_bias(graph, node)
         elif node.op_type == "MatMul":
             _drop_axis(node)
             _transpose_keys(graph, node)
@@ -95,37 +96,52 @@ def _add_bias(graph: ir.Graph, convolution: ir.Node) -> None:
         return
     if len(result.uses()) + result.is_graph_output() < 2:
         return
-    assert weight is not None and weight.shape is not None
-    channels = int(weight.shape[0])
-    tiny = ir.tensor(np.full(channels, _TINY), name=f"{convolution.name}_no_bias")
-    added = ir.Value(
-        name=tiny.name,
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape([channels]),
-        const_value=tiny,
-    )
-    graph.register_initializer(added)
+    channels = _lengths(weight)[0]
+    tiny = np.full(channels, _TINY)
     convolution.resize_inputs(3)
-    convolution.replace_input_with(2, added)
+    convolution.replace_input_with(2, _registered(graph, f"{convolution.name}_no_bias", tiny))
 
 
-def _pad_in_float(graph: ir.Graph, convolution: ir.Node) -> None:
-    """Keep codes from a convolution that sees nothing but padding somewhere.
+def _registered(graph: ir.Graph, name: str, numbers: np.ndarray) -> ir.Value:
+    """Return a new constant of a graph."""
+    tensor = ir.tensor(numbers, name=name)
+    constant = ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(numbers.shape),
+        const_value=tensor,
+    )
+    graph.register_initializer(constant)
+    return constant
 
-    What its integer kernels subtract there for the zero point of the input is not defined.
+
+def _pad_apart(graph: ir.Graph, convolution: ir.Node) -> None:
+    """Pad in front of a convolution that sees nothing but padding somewhere, and in float.
+
+    What integer kernels subtract there for the zero point of the input is not defined; and strides
+    of a kernel of one value are taken before its padding.
     """
-    weight, values = convolution.inputs[1], convolution.inputs[0]
-    pads = convolution.attributes.get("pads")
-    if pads is None or weight is None or weight.shape is None or values is None:
+    values, pads = convolution.inputs[0], convolution.attributes.get("pads")
+    if pads is None or values is None:
         return
-    lengths = [int(length) for length in weight.shape[2:]]
+    widths = list(pads.as_ints())
+    lengths = _lengths(convolution.inputs[1])[2:]
     spread = convolution.attributes.get("dilations")
-    dilations = [1] * len(lengths) if spread is None else spread.as_ints()
+    dilations = [1] * len(lengths) if spread is None else list(spread.as_ints())
     reach = [(length - 1) * d + 1 for length, d in zip(lengths, dilations, strict=True)]
-    if any(pad >= r for pad, r in zip(pads.as_ints(), reach * 2, strict=True)):
-        kept = _kept(values, f"{convolution.name}_input")
-        graph.insert_before(convolution, kept)
-        convolution.replace_input_with(0, kept.outputs[0])
+    if all(width < r for width, r in zip(widths, reach * 2, strict=True)):
+        return
+    before, after = widths[: len(reach)], widths[len(reach) :]
+    name = f"{convolution.name}_pads"
+    given = _registered(graph, name, np.array([0, 0, *before, 0, 0, *after], np.int64))
+    padded = ir.node("Pad", [values, given])
+    padded.name = padded.outputs[0].name = f"{convolution.name}_padded"
+    padded.outputs[0].type = values.type
+    kept = _kept(padded.outputs[0], str(padded.name))
+    for node in (padded, kept):
+        graph.insert_before(convolution, node)
+    convolution.replace_input_with(0, kept.outputs[0])
+    convolution.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(widths))
 
 
 def _drop_axis(product: ir.Node) -> None:
@@ -200,14 +216,7 @@ def _transpose_keys(graph: ir.Graph, product: ir.Node) -> None:
     assert source.shape is not None
     axes = list(range(len(source.shape)))
     turned = ir.node("Transpose", [source], {"perm": [*axes[:-2], axes[-1], axes[-2]]})
-    squared = ir.tensor(scale * scale, name=f"{product.name}_scale")
-    constant = ir.Value(
-        name=squared.name,
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape(scale.shape),
-        const_value=squared,
-    )
-    graph.register_initializer(constant)
+    constant = _registered(graph, f"{product.name}_scale", scale * scale)
     scaled = ir.node("Mul", [query.inputs[0], constant])
     for index, (node, what) in enumerate(((scaled, "query"), (turned, "keys"))):
         node.name = node.outputs[0].name = f"{product.name}_{what}"
@@ -240,6 +249,12 @@ def _merge_transposes(second: ir.Node) -> None:
 
 def _permutation(transpose: ir.Node) -> list[int]:
     return list(transpose.attributes["perm"].as_ints())
+
+
+def _lengths(weight: ir.Value | None) -> tuple[int, ...]:
+    assert weight is not None
+    assert weight.shape is not None
+    return weight.shape.numpy()
 
 
 def _maker(node: ir.Node, index: int) -> ir.Node | None:

@@ -26,11 +26,12 @@ from tuner.exporters.torch_capability import why_not_integer
 from tuner.exporters.torch_eager import load_program, saturates, save_program
 from tuner.exporters.torch_graph import (
     changed_before,
+    eager,
     integer_products,
     overflowing,
     spelled_graph,
 )
-from tuner.exporters.torch_latency import compiled_baselines, eager, one_thread
+from tuner.exporters.torch_latency import compiled_baselines, one_thread
 from tuner.exporters.torch_layers import layer_agreement
 from tuner.exporters.torch_package import (
     compile_package,

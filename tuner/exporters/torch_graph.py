@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
+from tuner.exporters.agreement import Run
 from tuner.exporters.saturation import LARGEST, is_depthwise
 from tuner.exporters.torch_eager import saturates
 from tuner.exporters.torch_forms import as_image, normalize, widen
@@ -97,6 +98,12 @@ def float_graph(traced: Traced, bf16: bool = False) -> fx.GraphModule:
     if bf16:
         _lower_to_bf16(module)
     return _cleaned(module)
+
+
+def eager(traced: Traced) -> Run:
+    """Return what runs the model in FP32, op by op."""
+    graph = float_graph(traced)
+    return torch.no_grad()(lambda inputs: graph(*inputs))
 
 
 def integer_products(module: fx.GraphModule) -> int:

@@ -10,7 +10,6 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tuner.exporters.torch_spelling import Speller, aten, decomposed
 
@@ -96,6 +95,8 @@ def _is_split(layer: fx.Node) -> bool:
 def _splits_last_axis(user: fx.Node, layer: fx.Node) -> bool:
     if user.target not in _SPLITS or user.args[0] is not layer:
         return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy, slow, of torch
+
     before, after = layer.meta["val"].shape[:-1], user.meta["val"].shape
     return len(after) > len(before) + 1 and all(
         statically_known_true(one == other) for one, other in zip(before, after, strict=False)

@@ -15,12 +15,6 @@ from tuner.exporters.tracing import Traced
 _BASELINES = {"FP32 compiled": False, "BF16 compiled": True}
 
 
-def eager(traced: Traced) -> Run:
-    """Return what runs the model in FP32, op by op."""
-    graph = float_graph(traced)
-    return torch.no_grad()(lambda inputs: graph(*inputs))
-
-
 def compiled_baselines(traced: Traced) -> dict[str, Run]:
     """Compile the model in FP32 and in bfloat16; raises ExportError where that fails."""
     found = {}

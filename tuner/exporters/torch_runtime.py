@@ -8,7 +8,7 @@ compiler is found, oneDNN's integer kernels are called one by one.
 import logging
 import tempfile
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def loaded(traced: Traced, graph: fx.GraphModule) -> Run:
     Raises ExportError where it cannot be exported or compiled.
     """
     if not has_compiler():
-        _log.warning("no C++ compiler was found: times are those of integer kernels, one by one")
+        _warn_of_no_compiler()
         return _run_of(with_integer_kernels(graph))
     program = traced.exported(graph)
     # as an export does: the compiler writes the number of threads into the code
@@ -53,6 +53,11 @@ def loaded(traced: Traced, graph: fx.GraphModule) -> Run:
         path = Path(folder) / "model.pt2"
         compile_package(program, path)
         return load_package(path)
+
+
+@cache
+def _warn_of_no_compiler() -> None:
+    _log.warning("no C++ compiler was found: times are those of integer kernels, one by one")
 
 
 def alone(traced: Traced, graph: fx.GraphModule, on_codes: bool = False) -> Call:
