@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def fit(
     Raises:
         TunerError: the model, the data, the space, the storage or a score cannot be used.
         Exception: whatever `eval_func` raises on the FP32 model, as it is.
+        KeyboardInterrupt: Ctrl-C; `tuning_result` holds the trials so far, None before the search.
     """
     config = TuningConfig() if config is None else config
     if callable(callbacks):
@@ -93,7 +95,7 @@ def fit(
     _refuse(config, executor, eval_func, forward, callbacks, storage, study_name)
     started = time.monotonic()
     shown = progress if isinstance(progress, Progress) else Progress(progress, config.cost_name)
-    with isolated_random_state() as random_state, shown as bar:
+    with _interruptible(), isolated_random_state() as random_state, shown as bar:
         twin = copied(model)
         training = None if train_func is None else Training.of(train_func)
         trains = training is not None
@@ -113,6 +115,17 @@ def load(directory: str | Path, model: nn.Module) -> QuantizedModel:
     Raises SaveError for a damaged directory, PlanError for a model of another architecture.
     """
     return QuantizedModel(load_parts(directory, model))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Give an interrupt that comes before the search the same attribute as one that comes later."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not hasattr(interrupt, "tuning_result"):
+            interrupt.tuning_result = None  # type: ignore[attr-defined]
+        raise
 
 
 class _Run:
@@ -152,10 +165,6 @@ class _Run:
         evaluate = Evaluator(eval_func, self._config.goal.metric, random_state)
         try:
             return self._searched(store, evaluate, callbacks)
-        except KeyboardInterrupt as interrupt:
-            if not hasattr(interrupt, "tuning_result"):
-                interrupt.tuning_result = None  # type: ignore[attr-defined]
-            raise
         finally:
             store.close()
 

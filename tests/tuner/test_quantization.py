@@ -447,6 +447,16 @@ def test_keyboard_interrupt_carries_the_partial_result(net: nn.Module) -> None:
     assert partial.best.number > 0
 
 
+def test_keyboard_interrupt_before_the_search_carries_none(net: nn.Module) -> None:
+    def batches() -> Iterator[Tensor]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        quantization.fit(net, batches(), lambda model: 1.0)
+    assert caught.value.tuning_result is None  # type: ignore[attr-defined]
+
+
 def test_callbacks_see_every_trial_and_may_cancel(net: nn.Module) -> None:
     seen: list[TrialRecord] = []
 
