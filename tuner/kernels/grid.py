@@ -12,13 +12,14 @@ from torch import Tensor
 from tuner.errors import DataError
 from tuner.granularity import Granularity
 from tuner.kernels.buffers import POOL
-from tuner.kernels.codecs import Bound, Codec, FunctionCodec
+from tuner.kernels.codecs import Bound, Codec, FunctionCodec, IntegerCodec
 from tuner.kernels.fused import FusedGrid, fusible
 from tuner.kernels.layout import block_parameter, block_view
 from tuner.kernels.native import Bounds, NativeGrid, is_plain, is_transformed, takes
 
 _WHOLE = 128 * 1024  # values that are computed in one piece
 _CHUNK = 192 * 1024  # values: more leave the cache, less cost more in calls than they save
+_CHUNK_IN_PLACE = 2 * _CHUNK  # where no buffers stand beside the result
 _SLACK = 2.0**-22  # two roundings of fp32
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
@@ -134,7 +135,8 @@ def _snap_in_torch(x: Tensor, grid: Grid) -> Tensor:
     if out.stride() != x.stride():  # x has gaps or overlaps: go on from a dense copy
         x = out.copy_(x)
     parameters = grid.scale, grid.low, grid.high, grid.inverse
-    for (source, target), bounds in _chunks((x, out), parameters, grid.granularity):
+    length = _CHUNK_IN_PLACE if isinstance(grid.codec, IntegerCodec) else _CHUNK
+    for (source, target), bounds in _chunks((x, out), parameters, grid.granularity, length):
         scale, low, high, inverse = bounds
         if target.dtype in _HALVES:
             levels = _rounded(source.to(torch.float32), grid.codec, scale, low, high, inverse)
@@ -211,19 +213,26 @@ def _fit(parameter: Bound, x: Tensor, granularity: Granularity) -> Bound:
 
 
 def _chunks(
-    tensors: tuple[Tensor, ...], parameters: tuple[Bound | None, ...], granularity: Granularity
+    tensors: tuple[Tensor, ...],
+    parameters: tuple[Bound | None, ...],
+    granularity: Granularity,
+    values: int = _CHUNK,
 ) -> Iterator[tuple[Any, Any]]:
-    """Cut tensors of one shape, and what broadcasts against them, along the first axis."""
+    """Cut tensors of one shape, and what broadcasts against them, along the first axis.
+
+    A chunk has so many values for each thread.
+    """
+    values *= torch.get_num_threads()
     x = tensors[0]
     fitted = [None if p is None else _fit(p, x, granularity) for p in parameters]
     if all(not isinstance(p, Tensor) or p.ndim == 0 for p in fitted):
         flat = (t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors)
-        pieces = (t.split(_CHUNK * torch.get_num_threads()) for t in flat)
+        pieces = (t.split(values) for t in flat)
         yield from zip(zip(*pieces, strict=True), itertools.repeat(fitted), strict=False)
         return
     tensors = tuple(block_view(t, granularity) for t in tensors)
     ndim, size = tensors[0].ndim, tensors[0].shape[0]
-    length = _chunk_length(tensors[0])
+    length = max(1, values // max(tensors[0][:1].numel(), 1))
     for start in range(0, size, length):
         count = min(length, size - start)
         yield (
@@ -235,11 +244,6 @@ def _chunks(
 def _is_whole(x: Tensor) -> bool:
     """Whether to compute in one piece: `x` fits the cache, is on an accelerator, or transformed."""
     return x.numel() <= _WHOLE or not x.is_cpu or is_transformed()
-
-
-def _chunk_length(x: Tensor) -> int:
-    values = x[:1].numel()
-    return max(1, _CHUNK * torch.get_num_threads() // max(values, 1))
 
 
 def _narrow(value: Bound | None, ndim: int, start: int, count: int) -> Bound | None:
