@@ -16,16 +16,19 @@ _SCALED = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.d
 
 
 def normalize(module: fx.GraphModule) -> None:
-    """Say by numbers how convolutions pad, and in ops of their own how sums are weighted.
+    """Say by numbers how convolutions pad, in ops of their own how sums are weighted, and 2x.
 
-    The compiler drops `alpha` and `beta` of products of integers. Padding that is longer on one
-    side is left as it is: such convolutions are computed in float.
+    The compiler drops `alpha` and `beta` of products of integers, and fails at `x + x` behind one.
+    Padding that is longer on one side is left as it is: such convolutions are computed in float.
     """
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
         if node.target in _PADDED:
             _number_padding(node)
+        elif node.target is aten.add.Tensor and node.args[0] is node.args[1]:
+            factor: Any = node.kwargs.get("alpha", 1)
+            node.target, node.args, node.kwargs = aten.mul.Tensor, (node.args[0], 1 + factor), {}
         elif node.target in _SCALED and {"alpha", "beta"} & set(node.kwargs):
             _weigh(module, node)
 

@@ -71,6 +71,20 @@ class Turned(nn.Module):
         return self.b(self.a(x.permute(1, 0, 2)).mean(0))
 
 
+class Doubled(nn.Module):
+    """What a layer gives, added to itself, weighed or not."""
+
+    def __init__(self, alpha: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = self.b(torch.add(y, y, alpha=self.alpha).mean((2, 3)))
+        return y + y
+
+
 @pytest.mark.parametrize(
     ("make", "shape", "space"),
     [
@@ -80,6 +94,8 @@ class Turned(nn.Module):
         (lambda: Weighed(2.0), (8,), "int8"),
         (lambda: Weighed(0.0), (8,), "int8"),
         (Turned, (5, 8), "int8-dynamic"),
+        (lambda: Doubled(1), (3, 6, 6), "int8"),
+        (lambda: Doubled(2), (3, 6, 6), "int8"),
     ],
 )
 def test_a_package_agrees_at_every_batch_size(
