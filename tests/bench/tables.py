@@ -123,15 +123,17 @@ _KERNEL_INTRODUCTION = """\
 fp32 tensor to another that exists already; medians of calls and copies that alternate. The last
 column is the least of one call on 1,024 values. Backward reads two tensors and writes one.
 
-Machines and runs differ; the newest counts, here of a quiet Intel Xeon whose cache holds 16 MiB, so
-that a copy of them is fast. Without a compiler e4m3fn there took 5.1 (64 MiB) in chunks of 384 Ki
-values and takes 4.3 in chunks of half that; int8, four passes, stays at 2.4 (16 MiB) and 1.7 (64
-MiB), and was 1.9 and 1.7 on an AMD EPYC. On that one MXFP8 came from 1.76 to 1.1 by fetching ahead,
-by scales of 16 blocks at a time and by not fetching what is only written, and mxint8 from 1.5 to
-1.2. Backward took 1.9 (16 MiB) and 1.8 (64 MiB) there until results of 8 MiB and more were streamed
-past the cache: 1.3 to 1.4 and 1.2, in turns with torch.add, which also reads two tensors and writes
-one, at 1.35 and 1.3. In an hour with noisy neighbours backward took up to 2.1, the MX formats 1.5
-to 1.8, and small calls twice as long. What reads a streamed result next gains, too.
+Machines and runs differ; the newest counts, here of an AMD EPYC. Without a compiler integers take
+four passes, and a copy of 16 MiB is fast where the cache holds it: int8 took 2.2 there in chunks of
+192 Ki values and takes 1.9 in chunks of twice that. An Intel Xeon was at 2.4 (16 MiB) and 1.7 (64
+MiB); floats, with two buffers beside the result, took 5.1 (e4m3fn, 64 MiB) on it in chunks of 384
+Ki and 4.3 in chunks of half that. With a compiler int8 and e4m3fn took 1.03 to 1.08 (16 MiB) and
+0.9 (64 MiB) there. On an AMD EPYC MXFP8 came from 1.76 to 1.1 by fetching ahead, by scales of 16
+blocks at a time and by not fetching what is only written, and mxint8 from 1.5 to 1.2. Backward took
+1.9 (16 MiB) and 1.8 (64 MiB) there until results of 8 MiB and more were streamed past the cache: 1.3
+to 1.6 and 1.2, in turns with torch.add, which also reads two tensors and writes one, at 1.35 and 1.3.
+In an hour with noisy neighbours backward took up to 2.1, the MX formats 1.5 to 1.8, and small calls
+twice as long. What reads a streamed result next gains, too.
 """
 _SPEED_INTRODUCTION = """\
 Interleaved medians. A switch goes from all-int8 to a plan that differs in every op with a weight;
@@ -290,8 +292,8 @@ def _kernel_table(rows: Sequence[Row]) -> str:
             (r["threads"], r["mib"]): r for r in rows if (r["owner"], r["what"]) == (owner, what)
         }
         cells = [f"{own[case]['ratio']:.2f}" if case in own else "–" for case in cases]
-        small = own[min(own)]["small_s"]
-        cells.append("–" if small is None else f"{small * 1e6:.1f} µs")
+        small = [row["small_s"] for row in own.values() if row["small_s"] is not None]
+        cells.append(f"{min(small) * 1e6:.1f} µs" if small else "–")
         lines.append([owner, what, *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
