@@ -129,11 +129,11 @@ four passes, and a copy of 16 MiB is fast where the cache holds it: int8 took 2.
 MiB); floats, with two buffers beside the result, took 5.1 (e4m3fn, 64 MiB) on it in chunks of 384
 Ki and 4.3 in chunks of half that. With a compiler int8 and e4m3fn took 1.03 to 1.08 (16 MiB) and
 0.9 (64 MiB) there. On an AMD EPYC MXFP8 came from 1.76 to 1.1 by fetching ahead, by scales of 16
-blocks at a time and by not fetching what is only written, and mxint8 from 1.5 to 1.2. Backward took
-1.9 (16 MiB) and 1.8 (64 MiB) there until results of 8 MiB and more were streamed past the cache: 1.3
-to 1.6 and 1.2, in turns with torch.add, which also reads two tensors and writes one, at 1.35 and 1.3.
-In an hour with noisy neighbours backward took up to 2.1, the MX formats 1.5 to 1.8, and small calls
-twice as long. What reads a streamed result next gains, too.
+blocks at a time and by not fetching what is only written, and mxint8 from 1.5 to 1.2. Backward
+took 1.9 (16 MiB) and 1.8 (64 MiB) there until results of 8 MiB and more were streamed past the
+cache: 1.3 to 1.6 and 1.2, in turns with torch.add, which also reads two tensors and writes one, at
+1.35 and 1.3. In an hour with noisy neighbours backward took up to 2.1, the MX formats 1.5 to 1.8,
+and small calls twice as long. What reads a streamed result next gains, too.
 """
 _SPEED_INTRODUCTION = """\
 Interleaved medians. A switch goes from all-int8 to a plan that differs in every op with a weight;
