@@ -96,8 +96,9 @@ def _add_bias(graph: ir.Graph, convolution: ir.Node) -> None:
         return
     if len(result.uses()) + result.is_graph_output() < 2:
         return
-    channels = _lengths(weight)[0]
-    tiny = np.full(channels, _TINY)
+    if weight is None or weight.shape is None or not isinstance(weight.shape[0], int):
+        return
+    tiny = np.full(weight.shape[0], _TINY)
     convolution.resize_inputs(3)
     convolution.replace_input_with(2, _registered(graph, f"{convolution.name}_no_bias", tiny))
 
@@ -122,10 +123,13 @@ def _pad_apart(graph: ir.Graph, convolution: ir.Node) -> None:
     of a kernel of one value are taken before its padding.
     """
     values, pads = convolution.inputs[0], convolution.attributes.get("pads")
-    if pads is None or values is None:
+    weight = convolution.inputs[1]
+    if pads is None or values is None or weight is None or weight.shape is None:
         return
     widths = list(pads.as_ints())
-    lengths = _lengths(convolution.inputs[1])[2:]
+    lengths = [int(length) for length in weight.shape[2:] if isinstance(length, int)]
+    if 2 * len(lengths) != len(widths):
+        return
     spread = convolution.attributes.get("dilations")
     dilations = [1] * len(lengths) if spread is None else list(spread.as_ints())
     reach = [(length - 1) * d + 1 for length, d in zip(lengths, dilations, strict=True)]
@@ -249,12 +253,6 @@ def _merge_transposes(second: ir.Node) -> None:
 
 def _permutation(transpose: ir.Node) -> list[int]:
     return list(transpose.attributes["perm"].as_ints())
-
-
-def _lengths(weight: ir.Value | None) -> tuple[int, ...]:
-    assert weight is not None
-    assert weight.shape is not None
-    return weight.shape.numpy()
 
 
 def _maker(node: ir.Node, index: int) -> ir.Node | None:

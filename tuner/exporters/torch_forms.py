@@ -26,11 +26,17 @@ def normalize(module: fx.GraphModule) -> None:
             continue
         if node.target in _PADDED:
             _number_padding(node)
-        elif node.target is aten.add.Tensor and node.args[0] is node.args[1]:
+        elif _is_doubled(node):
             factor: Any = node.kwargs.get("alpha", 1)
             node.target, node.args, node.kwargs = aten.mul.Tensor, (node.args[0], 1 + factor), {}
         elif node.target in _SCALED and {"alpha", "beta"} & set(node.kwargs):
             _weigh(module, node)
+
+
+def _is_doubled(node: fx.Node) -> bool:
+    if node.target is not aten.add.Tensor or node.args[0] is not node.args[1]:
+        return False
+    return bool(node.meta["val"].is_floating_point())
 
 
 def widen(module: fx.GraphModule, node: fx.Node) -> None:
