@@ -7,6 +7,8 @@ cannot be there. Without these, dequantization, bias, activation and the next qu
 the kernel of a product, and attention becomes one kernel.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -15,6 +17,9 @@ from tuner.exporters.onnx_file import OnnxModel
 
 _MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "MaxPool")
 _EXTREMES = ("ReduceMax", "ReduceMin", "GlobalMaxPool")
+_PASSED = ("ReduceMean", "ReduceSum", "Pad")
+_PAIR = ("QuantizeLinear", "Clip", "DequantizeLinear")
+_IMAGE_ENDS = 8
 _TINY = np.float32(1e-30)
 _AFFINE = ("Add", "Sub", "Mul", "Div")
 _HOSTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "LayerNormalization")
@@ -26,8 +31,12 @@ def fusible(model: OnnxModel) -> OnnxModel:
     graph = model.model.graph
     is_quantized = any(node.op_type == "QuantizeLinear" for node in graph)
     for node in list(graph):
-        if is_quantized and (node.op_type in _EXTREMES or _is_merged(node)):
+        if is_quantized and (node.op_type in _EXTREMES or _is_merged(node) or _is_passed(node)):
             _part(graph, node)
+        if is_quantized and node.op_type == "Concat" and _joins_rows(node):
+            _part(graph, node)
+        if is_quantized and node.op_type == "Pad":
+            _pad_values(graph, node)
         elif node.op_type == "Conv":
             _pad_apart(graph, node)
             if is_quantized:
@@ -64,6 +73,37 @@ def _is_merged(node: ir.Node) -> bool:
     if maker is not None and maker.op_type == "Relu":
         maker = _maker(maker, 0)
     return maker is None or maker.op_type not in _HOSTS
+
+
+def _is_passed(node: ir.Node) -> bool:
+    """Whether a number for each column would be moved past a node, to the quantizer behind it."""
+    if node.op_type not in _PASSED:
+        return False
+    maker = _maker(node, 0)
+    while maker is not None:
+        if maker.op_type in _AFFINE:
+            constants = [_constant(maker, index) for index in (0, 1)]
+            if any(each is not None and each.size > 1 for each in constants):
+                return True
+            if all(each is None for each in constants):
+                return False
+            maker = _maker(maker, 0 if constants[0] is None else 1)
+        elif maker.op_type in _MOVING or maker.op_type in _PASSED:
+            maker = _maker(maker, 0)
+        else:
+            return False
+    return False
+
+
+def _joins_rows(node: ir.Node) -> bool:
+    """Whether a product reads joined rows: one scale for each has the wrong axis there."""
+    joined = node.outputs[0]
+    if joined.shape is not None:
+        axis = node.attributes["axis"].as_int()
+        if axis in (-1, len(joined.shape) - 1):
+            return False
+    readers = _readers(joined, (*_PAIR, *_MOVING))
+    return any(reader.op_type in ("MatMul", "Gemm") for reader in readers)
 
 
 def _part(graph: ir.Graph, node: ir.Node) -> None:
@@ -144,8 +184,41 @@ def _pad_apart(graph: ir.Graph, convolution: ir.Node) -> None:
     kept = _kept(padded.outputs[0], str(padded.name))
     for node in (padded, kept):
         graph.insert_before(convolution, node)
+    _pad_values(graph, padded)
     convolution.replace_input_with(0, kept.outputs[0])
     convolution.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(widths))
+
+
+def _pad_values(graph: ir.Graph, pad: ir.Node) -> None:
+    """Pad dequantized values: as codes they would be padded with 0, or pads be misunderstood.
+
+    Padding of images that a convolution takes in is right.
+    """
+    values, mode = pad.inputs[0], pad.attributes.get("mode")
+    if values is None or (mode is not None and mode.as_string() != "constant"):
+        return
+    if not _is_of_images(pad):
+        kept = _kept(values, f"{pad.name}_input")
+        graph.insert_before(pad, kept)
+        pad.replace_input_with(0, kept.outputs[0])
+
+
+def _is_of_images(pad: ir.Node) -> bool:
+    widths = _listed(pad, 1)
+    if widths is None or len(widths) != _IMAGE_ENDS or min(widths) < 0:
+        return False
+    if any(widths[axis] for axis in (0, 1, 4, 5)):
+        return False
+    return {reader.op_type for reader in _readers(pad.outputs[0], _PAIR)} == {"Conv"}
+
+
+def _readers(value: ir.Value, past: Sequence[str]) -> Iterator[ir.Node]:
+    """Yield what reads a value, past nodes of some kinds."""
+    for usage in value.uses():
+        if usage.node.op_type in past:
+            yield from _readers(usage.node.outputs[0], past)
+        else:
+            yield usage.node
 
 
 def _drop_axis(product: ir.Node) -> None:
